@@ -1,0 +1,174 @@
+"""`attend`: attention of new tokens over a span, whatever the batch looks like; exact, or refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..spans import Span
+from .blockwise import Document, sdpa
+from .segments import Piece, Segments, UnsupportedSpan
+
+FEW_QUERIES = 16
+"""Up to so many new tokens per row, rows that differ are computed together under a mask (decoding)."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Span,
+    *,
+    scale: float | None = None,
+    segments: Segments | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention of the new tokens over `span`, in cost proportional to what the span shows.
+
+    Args:
+        q: `[batch, heads, queries, dim]`.
+        k, v: `[batch, kv_heads, keys, dim]`, kv_heads dividing heads: all tokens so far, the queries' own last;
+            or, where a bounded cache dropped some, the span's sinks followed by a run that ends with the queries.
+        scale: factor of the scores, default dim ** -0.5.
+        segments: documents and padding (`Segments.of`); default one document per row that ends with the queries.
+        dropout: probability with which attention weights are dropped.
+
+    Returns:
+        `[batch, heads, queries, value dim]`, zero where the query is padding.
+
+    Raises:
+        UnsupportedSpan: shapes or documents that do not fit, keys that the span needs and the cache has dropped.
+    """
+    segments = segments or Segments(seen=k.shape[2] - q.shape[2], new=q.shape[2])
+    first, held = _held(q, k, v, span, segments)
+    k, v = k[:, :, :held], v[:, :, :held]
+    if segments.pieces is None:
+        _check_held(span, segments.seen, first)
+        return Document(q, k, v, span, segments.seen, first, scale, dropout).attend()
+    for piece in segments.pieces:
+        _check_held(span, piece.first - piece.begin, first - piece.begin)
+    if segments.new <= FEW_QUERIES:
+        return _together(q, k, v, span, segments, first, scale, dropout)
+    return _apart(q, k, v, span, segments, first, scale, dropout)
+
+
+def _held(q: Tensor, k: Tensor, v: Tensor, span: Span, segments: Segments) -> tuple[int, int]:
+    """First column of the run of keys, and how many keys there are (a static cache has unused ones behind)."""
+    heads, queries, keys, total = q.shape[1], q.shape[2], k.shape[2], segments.seen + segments.new
+    if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise UnsupportedSpan(f"shapes do not fit: {shapes}; expected [batch, heads, tokens, dim]")
+    if heads % k.shape[1]:
+        raise UnsupportedSpan(f"{heads} query heads are not a multiple of {k.shape[1]} key heads")
+    if queries != segments.new or segments.batch_rows not in (None, q.shape[0]):
+        raise UnsupportedSpan(
+            f"documents were given for {segments.batch_rows or 'any'} rows of {segments.new} new tokens, "
+            f"q has {q.shape[0]} rows of {queries}"
+        )
+    if queries < 1:
+        raise UnsupportedSpan("attention needs at least one query")
+    if keys >= total:
+        return 0, total
+    sinks = span.sinks
+    first = total + sinks - keys
+    if first <= sinks or keys < sinks + queries:
+        raise UnsupportedSpan(f"{keys} keys cannot hold {sinks} sinks and a run up to token {total} for {span}")
+    return first, keys
+
+
+def _check_held(span: Span, query: int, first: int) -> None:
+    """Refuse if the earliest query (a position) sees a key before `first` that is no sink."""
+    start = span.start(query)
+    needed = start if start > span.sinks else 0
+    if needed < first:
+        raise UnsupportedSpan(f"{span} needs keys from position {needed}, the cache holds them from {first} on")
+
+
+def _together(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Span,
+    segments: Segments,
+    first: int,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """All rows at once under a mask `[batch, 1, queries, keys]`: for a few queries only."""
+    sinks = span.sinks if first else 0
+    begins = segments.begins(q.device)
+    real = begins >= 0
+    query = torch.arange(segments.seen, segments.seen + segments.new, device=q.device)
+    begins = torch.where(real, begins, query)[:, :, None]
+    column = torch.arange(first, segments.seen + segments.new, device=q.device)
+    position = query[:, None] - begins
+    key_position = column - begins
+    mask = (key_position >= 0) & (key_position <= position)
+    mask &= (key_position >= span.unclamped_start(position)) | (key_position < span.sinks)
+    if sinks:  # a slot holds a sink only once the run has dropped it
+        dropped = begins + torch.arange(sinks, device=q.device) < first
+        mask = torch.cat([dropped, mask], dim=2)
+    out = sdpa(q, k, v, mask=mask[:, None], causal=False, scale=scale, dropout=dropout)
+    return out.masked_fill(~real[:, None, :, None], 0.0)
+
+
+def _apart(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Span,
+    segments: Segments,
+    first: int,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """Document by document, so that no value of a neighbour is ever touched."""
+    rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
+    ends = [segments.seen] * q.shape[0]
+
+    def pad(row: int, column: int) -> None:
+        if column > ends[row]:
+            rows[row].append(q.new_zeros(1, q.shape[1], column - ends[row], v.shape[3]))
+
+    assert segments.pieces is not None
+    for piece in segments.pieces:
+        pad(piece.row, piece.first)
+        rows[piece.row].append(_document(q, k, v, span, segments.seen, first, piece, scale, dropout).attend())
+        ends[piece.row] = piece.stop
+    for row in range(q.shape[0]):
+        pad(row, segments.seen + segments.new)
+    return torch.cat([torch.cat(parts, dim=2) for parts in rows])
+
+
+def _document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    span: Span,
+    seen: int,
+    first: int,
+    piece: Piece,
+    scale: float | None,
+    dropout: float,
+) -> Document:
+    """One row's document with its own positions; keys of other documents are cut away."""
+    row = slice(piece.row, piece.row + 1)
+    sinks = span.sinks if first else 0
+    dropped = max(0, first - piece.begin)  # how many of the document's first keys the run lacks
+    begin = max(first, piece.begin)
+    slots = min(sinks, dropped)
+
+    def keys(x: Tensor) -> Tensor:
+        run = x[row, :, sinks + begin - first : sinks + piece.stop - first]
+        return torch.cat([x[row, :, :slots], run], dim=2) if slots else run
+
+    return Document(
+        q[row, :, piece.first - seen : piece.stop - seen],
+        keys(k),
+        keys(v),
+        span,
+        piece.first - piece.begin,
+        dropped if dropped > sinks else 0,
+        scale,
+        dropout,
+    )

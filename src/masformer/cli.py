@@ -1,0 +1,381 @@
+"""The command line: one short function per command.
+
+Heavy imports are inside the commands. Results go to stdout, progress and errors to stderr; an error is one line,
+and its exit code says whose it is: 2 usage, 3 bad input, 4 corrupt data, 5 out of resources, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .cli_output import (
+    INTERRUPTED,
+    UsageError,
+    at_least,
+    exit_code,
+    message,
+    print_json,
+    progress,
+    refuse_used,
+    say,
+    write_whole,
+)
+from .cli_plan import PlanFlags, cost_table, in_one_line, in_words, percent, takes_plan
+from .errors import InputError
+from .spans import Full, PlanCost, SpanPlan, cost, savings
+
+if TYPE_CHECKING:
+    from .data.documents import Document
+    from .evaluation.loss import LossByPosition
+    from .evaluation.texts import Cut
+
+app = typer.Typer(
+    help="Mixed attention spans for pretrained decoders: full attention at a few layers, local at the others.",
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id, converted or not.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")]
+
+
+def main() -> None:
+    """The console entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = app(args=list(arguments), prog_name="masformer", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code(error)
+        if "--debug" in arguments:
+            traceback.print_exception(error)
+        print(f"masformer: {message(error, code)}", file=sys.stderr)
+        return code
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+        print("masformer: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"masformer {metadata.version('masformer')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@takes_plan
+def plan(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model folder or hub id.")] = None,
+    *,
+    flags: PlanFlags,
+    layers: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="Number of layers, instead of a model.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="Tokens of the document that is counted.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw who sees how far and count what it costs; loads no weights.
+
+    Example: masformer plan MODEL --layout masformer --full 4 --block 1024 --length 32768
+    """
+    from .report.picture import default_length, plan_svg, plan_text
+
+    if (model is None) == (layers is None):
+        raise UsageError("give either MODEL or --layers")
+    if layers is not None:
+        if not flags.given & {"plan", "layout"}:
+            raise UsageError("--layers needs --plan or --layout")
+        chosen = flags.plan_for(layers, SpanPlan((Full(),) * layers))
+        length = length or default_length(chosen)
+        facts: dict[str, Any] = {"model": None, **_described(chosen, length), **_pairs(chosen, length)}
+        costs = None
+    else:
+        assert model is not None
+        chosen, length, facts, costs = _costed(model, flags, length)
+    if svg is not None:
+        write_whole(svg, lambda path: path.write_text(plan_svg(chosen, length=length), encoding="utf-8"))
+        facts["svg"] = str(svg)
+    if json:
+        print_json(facts)
+        return
+    print(f"{chosen}\n\n{plan_text(chosen, length=length)}\n")
+    if costs is None:
+        print(f"At {length:,} tokens: {percent(facts['saved'])} of the pairs of full attention saved.")
+    else:
+        console = Console()
+        console.print(cost_table(*costs))
+        console.print(in_one_line(*costs), highlight=False, soft_wrap=True)
+        if facts["max_positions"] and length > facts["max_positions"]:
+            print(f"Note: the model itself ends at {facts['max_positions']:,} positions.")
+
+
+def _described(chosen: SpanPlan, length: int) -> dict[str, Any]:
+    return {"plan": str(chosen), "layers": len(chosen), "full_layers": list(chosen.full_layers), "length": length}
+
+
+def _pairs(chosen: SpanPlan, length: int) -> dict[str, Any]:
+    seen, all_of_them = sum(span.visible_pairs(length) for span in chosen), len(chosen) * Full().visible_pairs(length)
+    return {"attention_pairs": seen, "full_attention_pairs": all_of_them, "saved": 1 - seen / all_of_them}
+
+
+def _costed(
+    model: str, flags: PlanFlags, length: int | None
+) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
+    from .models.checkpoint import load_config
+    from .models.families import native_plan, shape_of
+    from .report.picture import default_length
+
+    config, own = load_config(model)
+    chosen, parent = flags.plan_for(len(own), own), native_plan(config)
+    most = getattr(config, "max_position_embeddings", None)
+    length = length or most or default_length(chosen)
+    shape = shape_of(config, kv_dtype_bytes=getattr(config.dtype, "itemsize", 2))
+    costs = cost(shape, parent, length), cost(shape, chosen, length)
+    numbers = {"parent": costs[0].to_json(), "planned": costs[1].to_json(), "saved": savings(*costs).to_json()}
+    facts = {"model": model, **_described(chosen, length), "parent_plan": str(parent), "max_positions": most}
+    return chosen, length, {**facts, **numbers, "in_words": in_one_line(*costs)}, costs
+
+
+@app.command()
+@takes_plan
+def convert(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must be new or empty.")],
+    *,
+    flags: PlanFlags,
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give a model the spans of a plan, check them, and save it with tokenizer and generation config.
+
+    Example: masformer convert MODEL OUT --layout masformer --full 4 --block 1024
+    """
+    from .evaluation.texts import has_tokenizer, load_tokenizer, quiet
+
+    quiet()
+    refuse_used(out)
+    loaded, chosen = _load(model, flags, device, check=True)
+    tokenizer = None if Path(model).is_dir() and not has_tokenizer(model) else load_tokenizer(model)
+
+    def write(folder: Path) -> None:
+        loaded.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    write_whole(out, write)
+    if json:
+        facts = {"model": model, "out": str(out), "plan": str(chosen), "layers": len(chosen), "checked": True}
+        print_json({**facts, "full_layers": list(chosen.full_layers), "tokenizer": tokenizer is not None})
+        return
+    full = len(chosen.full_layers)
+    print(f"{out}: {len(chosen)} layers, {full} full and {len(chosen) - full} local ({chosen}); self-check passed")
+    if tokenizer is None:
+        print(f"Note: {model} holds no tokenizer, so none was saved.")
+
+
+@app.command("eval")
+@takes_plan
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or hub ids.")],
+    *,
+    flags: PlanFlags,
+    data: Annotated[Path, typer.Option(help="A .txt or .jsonl file, or a folder of these.")],
+    length: Annotated[int, typer.Option(callback=at_least(2), help="Tokens that every document is cut to.")],
+    items: Annotated[int, typer.Option(callback=at_least(1), help="Documents at most.")] = 10,
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Loss by position on documents of one exact length; a plan given here holds for every MODEL.
+
+    Example: masformer eval MODEL OUT --data speeches.jsonl --length 4096 --items 10
+    """
+    from .data.documents import read_documents
+    from .evaluation.texts import quiet
+
+    quiet()
+    documents = read_documents(data)
+    cuts = [_cut(model, flags, documents, length, items) for model in models]  # all are refused before any is run
+    results = [_evaluated(model, flags, cut, device) for model, cut in zip(models, cuts, strict=True)]
+    if json:
+        print_json({"length": length, "models": [facts for facts, _ in results]})
+        return
+    _print_losses([(f"{number}", loss) for number, (_, loss) in enumerate(results, start=1)])
+    for number, (facts, _) in enumerate(results, start=1):
+        print(f"{number}: {facts['model']} ({facts['plan']}), {facts['documents']} documents")
+
+
+def _cut(model: str, flags: PlanFlags, documents: Sequence[Document], length: int, items: int) -> Cut:
+    from .evaluation.texts import cut_documents, load_tokenizer
+    from .models.checkpoint import load_config
+
+    config, own = load_config(model)
+    flags.plan_for(len(own), own)
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise InputError(f"--length {length} is more than the {most} positions of {model}")
+    cut = cut_documents(load_tokenizer(model), documents, length=length, items=items)
+    if cut.short:
+        say(f"{model}: {cut.short} documents shorter than {length:,} tokens were skipped (longest: {cut.longest:,})")
+    if len(cut.ids) < items:
+        say(f"{model}: {len(cut.ids)} documents instead of {items}")
+    return cut
+
+
+def _evaluated(model: str, flags: PlanFlags, cut: Cut, device: str | None) -> tuple[dict[str, Any], LossByPosition]:
+    from .evaluation.loss import loss_by_position
+
+    loaded, chosen = _load(model, flags, device)
+    with progress(model, cut.length * len(cut.ids)) as advance:
+        loss = loss_by_position(loaded, cut.ids, sizes=cut.sizes, progress=advance)
+    facts = {"model": model, "plan": str(chosen), "documents": len(cut.ids), "skipped": cut.short, **loss.to_json()}
+    return facts, loss
+
+
+def _print_losses(results: Sequence[tuple[str, LossByPosition]]) -> None:
+    table = Table("position", "tokens", *(f"nats/token {name}" for name, _ in results))
+    for column in table.columns:
+        column.justify = "right"
+    first = results[0][1]
+    for index, bucket in enumerate(first.buckets):
+        losses = [f"{loss.buckets[index].nats_per_token:.4f}" for _, loss in results]
+        table.add_row(f"{bucket.low:,} to {bucket.high - 1:,}", f"{bucket.tokens:,}", *losses)
+    table.add_section()
+    table.add_row("all", f"{first.tokens:,}", *(f"{loss.nats_per_token:.4f}" for _, loss in results))
+    table.add_row("perplexity", "", *(f"{loss.perplexity:.2f}" for _, loss in results))
+    if all(loss.bits_per_byte for _, loss in results):
+        table.add_row("bits/byte", "", *(f"{loss.bits_per_byte:.4f}" for _, loss in results))
+    Console().print(table)
+
+
+@app.command()
+@takes_plan
+def generate(
+    model: Model,
+    *,
+    flags: PlanFlags,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with it.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(callback=at_least(1), help="Tokens to generate at most.")] = 100,
+    temperature: Annotated[float, typer.Option(callback=at_least(0), help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(callback=at_least(0), help="Of sampling at a temperature above 0.")] = 0,
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt, token by token, and report speed and the bytes of the KV cache.
+
+    Example: masformer generate MODEL --chat --prompt "What is a long document?" --max-new-tokens 50
+    """
+    text = _prompt(prompt, prompt_file)
+    from .evaluation.generation import check_positions, generate_text, prompt_ids
+    from .evaluation.texts import load_tokenizer, quiet
+    from .models.checkpoint import load_config
+
+    quiet()
+    config, own = load_config(model)
+    flags.plan_for(len(own), own)
+    tokenizer = load_tokenizer(model)
+    ids = prompt_ids(tokenizer, text, chat=chat)
+    check_positions(config, ids.shape[1], max_new_tokens)
+    loaded, chosen = _load(model, flags, device)
+    _seed(seed)
+    show = None if json else (lambda piece: print(piece, end="", flush=True))
+    result = generate_text(loaded, tokenizer, ids, new_tokens=max_new_tokens, temperature=temperature, show=show)
+    if json:
+        print_json({"model": model, "plan": str(chosen), "seed": seed, **result.to_json()})
+        return
+    print(flush=True)
+    speed = f"{result.tokens_per_second:.1f}" if result.tokens_per_second else "-"
+    say(
+        f"{result.prompt_tokens:,} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens:,} new tokens, "
+        f"{speed} tokens/s, KV cache {in_words(result.kv_bytes, 'B')}"
+    )
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise UsageError("give either --prompt or --prompt-file")
+    try:
+        text = prompt if file is None else file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    if not text or not text.strip():
+        raise InputError(f"the prompt{f' in {file}' if file else ''} is empty: give some text")
+    return text
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole job on a small model and long speeches: convert, check, measure, generate, one HTML page.
+
+    Example: masformer demo --out demo
+    """
+    from .demo import run as run_demo
+    from .evaluation.texts import quiet
+
+    quiet()
+    facts = run_demo(out, device=device, say=say if json else print)
+    if json:
+        print_json(facts)
+
+
+def _load(model: str, flags: PlanFlags, device: str | None, check: bool = False) -> tuple[Any, SpanPlan]:
+    """The model with the plan that was asked for; refused before its weights are read where that does not fit."""
+    from .models.checkpoint import load, load_config
+    from .models.convert import convert as give_spans
+    from .models.convert import plan_of
+
+    _, own = load_config(model)
+    chosen, where = flags.plan_for(len(own), own), _device(device)
+    loaded = load(model, device=where)
+    if check or chosen != plan_of(loaded):
+        give_spans(loaded, chosen)
+    return loaded, chosen
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)

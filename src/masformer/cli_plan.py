@@ -1,0 +1,205 @@
+"""The plan on the command line: the flags that plan, convert, eval and generate share, and the cost table.
+
+    @takes_plan
+    def command(model: str, flags: PlanFlags) -> None:
+        plan = flags.plan_for(layers, own)
+
+Loads neither torch nor transformers, so that help and mistyped flags are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.table import Table
+
+from .cli_output import UsageError
+from .spans import LAYOUTS, PLACEMENTS, Block, PlanCost, PlanError, Savings, Span, SpanPlan, Window, layout, savings
+
+T = TypeVar("T")
+
+PANEL = "Spans (default: the model's own)"
+NEEDS: dict[str, tuple[str, ...]] = {
+    "full": ("layout",),
+    "placement": ("layout",),
+    "block": ("layout",),
+    "window": ("layout",),
+}
+NEEDS |= {"lookback": ("block",), "sinks": ("block", "window")}
+CONFLICTS = [("block", "window"), *(("plan", name) for name in ("layout", *NEEDS))]
+
+
+def _option(name: str, words: str, **kwargs: Any) -> Any:
+    return typer.Option(f"--{name}", help=words, rich_help_panel=PANEL, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """What the user said about spans: nothing, a whole plan, or a layout with its options."""
+
+    plan: Annotated[str | None, _option("plan", "One span per layer: full*2,block:1024*20,full*2.")] = None
+    layout: Annotated[str | None, _option("layout", f"A rule: {', '.join(LAYOUTS)}.")] = None
+    full: Annotated[str | None, _option("full", "Full layers: how many (4), or which (0,7,8; a single one: 7,).")] = (
+        None
+    )
+    placement: Annotated[str | None, _option("placement", f"Where they go: {', '.join(PLACEMENTS)}.")] = None
+    block: Annotated[int | None, _option("block", "Local layers see their block of this many tokens.")] = None
+    lookback: Annotated[int | None, _option("lookback", "Whole blocks seen before the own one.")] = None
+    window: Annotated[int | None, _option("window", "Local layers see this many last tokens.")] = None
+    sinks: Annotated[int | None, _option("sinks", "First tokens that every token sees.")] = None
+
+    def __post_init__(self) -> None:
+        given = self.given
+        for one, other in CONFLICTS:
+            if one in given and other in given:
+                raise UsageError(f"--{one} and --{other} cannot be given together")
+        for name, needed in NEEDS.items():
+            if name in given and not given & set(needed):
+                raise UsageError(f"--{name} needs {' or '.join(f'--{other}' for other in needed)}")
+        _as_usage(self._readable)
+
+    @property
+    def given(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None}
+
+    def _readable(self) -> None:
+        """Refuse before a model is looked at what no model can make right."""
+        if self.plan is not None:
+            SpanPlan.parse(self.plan)
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise PlanError(f"unknown layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
+        self._local()
+        self._full()
+
+    def _local(self) -> Span | None:
+        if self.block is not None:
+            return Block(self.block, self.lookback or 0, self.sinks or 0)
+        return Window(self.window, self.sinks or 0) if self.window is not None else None
+
+    def _full(self) -> int | list[int] | None:
+        if self.full is None:
+            return None
+        try:
+            numbers = [int(part) for part in self.full.split(",") if part.strip()]
+        except ValueError:
+            numbers = []
+        if not numbers:
+            raise PlanError(f"cannot read --full {self.full!r}: write a number of layers, or layers like 0,7,8")
+        return numbers if "," in self.full else numbers[0]
+
+    def plan_for(self, layers: int, own: SpanPlan) -> SpanPlan:
+        """The plan that was asked for, for a model of `layers` layers; `own` where nothing was.
+
+        Raises:
+            UsageError: a layout that cannot be made so.
+            PlanError: a plan for another number of layers.
+        """
+        if self.plan is not None:
+            plan = SpanPlan.parse(self.plan)
+            if len(plan) != layers:
+                raise PlanError(f"the plan has {len(plan)} layers, the model has {layers}: give one span per layer")
+            return plan
+        if self.layout is None:
+            return own
+        name, full, local = self.layout, self._full(), self._local()
+        return _as_usage(lambda: layout(name, layers, full=full, placement=self.placement, local=local))
+
+
+def _as_usage(make: Callable[[], T]) -> T:
+    """A plan that cannot be made from flags is a mistake in their use."""
+    try:
+        return make()
+    except PlanError as error:
+        raise UsageError(str(error)) from error
+
+
+def takes_plan(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the plan's flags as options; it gets them as its one argument `flags`."""
+    hints = typing.get_type_hints(PlanFlags, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in dataclasses.fields(PlanFlags)
+    ]
+
+    @functools.wraps(command)
+    def with_flags(**kwargs: Any) -> None:
+        flags = PlanFlags(**{option.name: kwargs.pop(option.name) for option in options})
+        command(flags=flags, **kwargs)
+
+    own = [p.replace(kind=keyword) for p in inspect.signature(command, eval_str=True).parameters.values()]
+    parameters = [parameter for parameter in own if parameter.name != "flags"]
+    with_flags.__signature__ = inspect.Signature([*parameters, *options])  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *options)}
+    return with_flags
+
+
+COST_ROWS: dict[str, tuple[str, str, str]] = {
+    "attention pairs": ("attention_pairs", "", ""),
+    "training FLOPs": ("training_flops", "total", "FLOP"),
+    "  attention": ("training_flops", "attention", "FLOP"),
+    "  rest": ("training_flops", "other", "FLOP"),
+    "prefill FLOPs": ("prefill_flops", "total", "FLOP"),
+    "  attention ": ("prefill_flops", "attention", "FLOP"),
+    "  rest ": ("prefill_flops", "other", "FLOP"),
+    "FLOPs of one more token": ("decode_flops", "total", "FLOP"),
+    "  attention  ": ("decode_flops", "attention", "FLOP"),
+    "  rest  ": ("decode_flops", "other", "FLOP"),
+    "KV cache held": ("kv_bytes_held", "", "B"),
+    "KV cache at its peak": ("kv_bytes_peak", "", "B"),
+    "KV cache read per token": ("kv_bytes_read", "", "B"),
+    "KV peak during prefill": ("prefill_kv_peak", "", "B"),
+}
+"""Row: (number of the cost, part of it, unit). Trailing spaces keep equal words apart."""
+
+
+def cost_table(parent: PlanCost, planned: PlanCost) -> Table:
+    """What the plan costs beside its parent, with the share that it saves."""
+    table = Table("one document", f"{parent.length:,} tokens", title=None)
+    table.columns[1].header = "parent"
+    for name in ("this plan", "saved"):
+        table.add_column(name)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for words, (field, part, unit) in COST_ROWS.items():
+        before, after = (
+            getattr(getattr(cost, field), part) if part else getattr(cost, field) for cost in (parent, planned)
+        )
+        saved = percent(1 - after / before) if before else "-"
+        table.add_row(words.rstrip(), in_words(before, unit), in_words(after, unit), saved)
+    return table
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def in_words(number: float, unit: str) -> str:
+    """`1.5 GiB` for bytes, `2.4 T` for anything else: four digits at most."""
+    step, names = (1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB")) if unit == "B" else (1000, ("", *"kMGTPEZ"))
+    value, index = float(number), 0
+    while value >= step and index < len(names) - 1:
+        value, index = value / step, index + 1
+    text = f"{value:.0f}" if index == 0 else f"{value:.4g}" if value >= 1000 else f"{value:.3g}"
+    return f"{text} {names[index]}".strip()
+
+
+def in_one_line(parent: PlanCost, planned: PlanCost) -> str:
+    """What is gained, of the whole model and not of its attention alone."""
+    saved: Savings = savings(parent, planned)
+    if parent == planned:
+        return "This plan costs what the parent costs."
+    changes = {
+        "attention pairs": saved.attention_pairs,
+        "training FLOPs of the whole model": saved.training_flops,
+        "KV cache held": saved.kv_bytes_held,
+        "KV at the peak of a one-shot prefill": saved.prefill_kv_peak,
+    }
+    said = ", ".join(f"{words} {-100 * share:+.1f} %" for words, share in changes.items())
+    return f"Against the parent at {parent.length:,} tokens: {said}."

@@ -1,0 +1,1 @@
+"""Documents and the demo's own model and speeches."""

@@ -1,0 +1,1 @@
+"""Pretrained decoders with mixed spans: the only part that knows transformers."""

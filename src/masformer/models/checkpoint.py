@@ -1,0 +1,130 @@
+"""Load models, converted or not, from folders and hub ids; make transformers' auto classes load conversions.
+
+A converted folder holds the parent's weights (safetensors) and a `MasformerConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import CorruptError, InputError
+from ..spans import SpanPlan
+from .config import MasformerConfig
+from .convert import NAME, convert
+from .families import family_of, native_plan
+
+
+class MasformerForCausalLM(PreTrainedModel):
+    """What transformers' auto class calls for model type `masformer`: loads the parent and converts it."""
+
+    config_class = MasformerConfig
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's class with the saved spans. Takes what transformers' `from_pretrained` takes.
+
+        Raises:
+            CorruptError: weights that are missing, superfluous, of another shape, or cut short.
+        """
+        config = kwargs.pop("config", None) or MasformerConfig.from_pretrained(pretrained_model_name_or_path)
+        requested = kwargs.pop("attn_implementation", None)
+        if requested not in (None, NAME):
+            raise InputError(f"attn_implementation={requested!r} would ignore the spans of a converted model")
+        want_info = kwargs.pop("output_loading_info", False)
+        parent, plan = config.parent_config(), config.span_plan()
+        family_of(parent)
+        model, info = _load_strictly(
+            MODEL_FOR_CAUSAL_LM_MAPPING[type(parent)], pretrained_model_name_or_path, parent, kwargs
+        )
+        convert(model, plan, check=False)
+        return (model, info) if want_info else model
+
+
+AutoConfig.register(MasformerConfig.model_type, MasformerConfig)
+AutoModelForCausalLM.register(MasformerConfig, MasformerForCausalLM)
+
+
+def _load_strictly(
+    cls: Any, source: Any, config: PreTrainedConfig, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Load weights, refusing what transformers would only warn of."""
+    try:
+        model, info = cls.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise CorruptError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            first = sorted(map(str, info[kind]))[0]
+            raise CorruptError(
+                f"the weights in {source} do not fit its config: {len(info[kind])} {kind.replace('_', ' ')}, "
+                f"the first is {first}"
+            )
+    return model, info
+
+
+def load_config(source: str) -> tuple[PreTrainedConfig, SpanPlan]:
+    """Config of the unconverted model and the spans of a folder or hub id, converted or not; loads no weights.
+
+    Raises:
+        InputError: nothing there, or a model that is not supported.
+        CorruptError: a config that cannot be read.
+    """
+    config = _read_config(source)
+    if isinstance(config, MasformerConfig):
+        return config.parent_config(), config.span_plan()
+    return config, native_plan(config)
+
+
+def _read_config(source: str) -> PreTrainedConfig:
+    if os.path.isdir(source):
+        file = Path(source) / "config.json"
+        if not file.is_file():
+            raise InputError(f"{source} holds no config.json: give a model folder or a hub id")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CorruptError(f"{file} is not JSON: {error}") from error
+        if not isinstance(content, dict) or "model_type" not in content:
+            raise CorruptError(f"{file} names no model_type: it is not the config of a model")
+    elif os.path.exists(source) or source.startswith((".", "/", "~")):
+        raise InputError(f"{source} is not a folder: give a model folder or a hub id")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"cannot read a model config from {source}: {_one_line(error)}") from error
+    if not isinstance(config, MasformerConfig):
+        family_of(config)
+    return config
+
+
+def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedModel:
+    """A model from a folder or hub id, converted if it was saved so, in evaluation mode.
+
+    Raises:
+        InputError: nothing there, or a model that is not supported.
+        CorruptError: weights or a config that are damaged or do not fit together.
+    """
+    config = _read_config(source)
+    try:
+        if isinstance(config, MasformerConfig):
+            model = MasformerForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        else:
+            cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, _ = _load_strictly(cls, source, config, {"dtype": dtype})
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise CorruptError(f"cannot load the weights of {source}: {_one_line(error)}") from error
+    return model.eval().to(device) if device else model.eval()
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:300] + " ..."

@@ -1,0 +1,108 @@
+"""A tiny model with a tokenizer, as parent and converted, and what its commands answer."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from masformer.cli import run
+
+LAYERS, POSITIONS = 4, 4096
+TEXT = "the quick brown fox jumps over the lazy dog and runs away. "
+LOCAL = ["--layout", "masformer", "--full", "0,2", "--window", "8", "--sinks", "2"]
+PLAN = "full,window:8:sinks=2,full,window:8:sinks=2"
+
+
+@pytest.fixture(autouse=True)
+def _loud_again():
+    verbosity = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+def small_tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<s>", "<user>", "<bot>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+    fast.chat_template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<bot>"
+    return fast
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "parent"
+    tokenizer = small_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(parent):
+    out = parent.parent / "converted"
+    assert run(["convert", str(parent), str(out), *LOCAL]) == 0
+    return out
+
+
+@pytest.fixture
+def speeches(tmp_path):
+    file = tmp_path / "speeches.jsonl"
+    texts = [TEXT * 20, TEXT, "émigré — " * 60, TEXT * 30]
+    file.write_text("".join(json.dumps({"id": f"s{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+    return file
+
+
+def answer(capsys, *arguments):
+    """The JSON of a command that must succeed and say nothing else on stdout."""
+    code = run([*map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def refusal(capsys, code, *arguments):
+    """The one line on stderr of a command that must be refused with `code` and print nothing else."""
+    got = run(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert got == code, err
+    assert out == ""
+    assert err.startswith("masformer: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def copy(converted, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in converted.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
