@@ -106,11 +106,19 @@ def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
     part = _existing_parent(target) / f".{target.absolute().name}.part-{os.getpid()}"
     try:
         write(part)
+        for file in part.glob("*") if part.is_dir() else ():
+            file.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
         part.replace(target)  # also onto an empty folder
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

@@ -150,13 +150,26 @@ def test_every_short_length_in_small_chunks(span: Span) -> None:
         close(attend(q, k, v, span), reference(q, k, v, span))
 
 
-@pytest.mark.parametrize("span", [Full(), Block(70, 1, 3), Window(70, 3)], ids=str)
-def test_groups_scale_and_value_width(span: Span) -> None:
-    q, k, _ = draw(6, 2, 300, batch=2)
-    v = draw(6, 2, 300, 9, batch=2)[2]
-    got = attend(q, k, v, span, scale=1.0)
-    assert got.shape == (2, 6, 300, 9)
-    close(got, reference(q, k, v, span, scale=1.0))
+@pytest.mark.parametrize("length", [20, 300])
+@pytest.mark.parametrize("span", [Full(), Block(70, 1, 3), Block(3), Window(70, 3), Window(3)], ids=str)
+def test_groups_scale_and_value_width(span: Span, length: int) -> None:
+    q, k, _ = draw(6, 2, length, batch=2)
+    v, grad = draw(6, 2, length, 9, batch=2)[2], draw(6, 2, length, 9, batch=2, seed=1)[0]
+    got = with_gradients(lambda q, k, v: attend(q, k, v, span, scale=1.0), (q, k, v), grad)
+    expected = with_gradients(lambda q, k, v: reference(q, k, v, span, scale=1.0), (q, k, v), grad)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_behind_the_last_query_are_not_touched(packed: bool) -> None:
+    """The unused slots of a preallocated cache."""
+    q, k, v = draw(2, 1, 40)
+    positions = torch.cat([torch.arange(15), torch.arange(25)]) if packed else torch.arange(40)
+    where = Segments.of(1, 40, position_ids=positions[None])
+    longer = [torch.cat([x, torch.full_like(x, float("nan"))], dim=2) for x in (k, v)]
+    for span in (Full(), Block(4, 1, 1), Window(3, 1)):
+        assert torch.equal(attend(q, *longer, span, segments=where), attend(q, k, v, span, segments=where))
 
 
 @pytest.mark.parametrize("span", [Full(), Block(70, 1, 3), Window(70, 3)], ids=str)

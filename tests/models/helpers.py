@@ -59,7 +59,7 @@ def config_of(family: str, **changes: Any) -> PreTrainedConfig:
 def tiny(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in evaluation mode; biases and norms are random too, and attention matters to its logits."""
     torch.manual_seed(seed)
-    model = FAMILIES[family][1](config_of(family, **changes)).to(dtype)
+    model = FAMILIES[family][1]._from_config(config_of(family, **changes), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -106,7 +106,9 @@ def dense_masks(model: PreTrainedModel, plan: SpanPlan, length: int) -> Iterator
 def state(model: PreTrainedModel) -> dict[str, Any]:
     """What conversion could change: classes, attributes, the config; compare it before and after."""
     return {
-        "classes": [type(module) for module in model.modules()],
+        "classes": [
+            (type(module).__name__, type(module).__module__, type(module).__mro__[1:]) for module in model.modules()
+        ],
         "attributes": [sorted(vars(module)) for module in model.modules()],
         "config": model.config.to_json_string(use_diff=False),
         "implementation": model.config._attn_implementation,

@@ -210,6 +210,21 @@ def test_training_with_dropout() -> None:
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("plan", [FULL, MIXED], ids=str)
+def test_autocast(plan: SpanPlan) -> None:
+    """Mixed precision as a trainer uses it: bit-equal to the parent where full, near the float32 model elsewhere."""
+    model, ids = tiny(dtype=torch.float32), tokens(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        parent = logits(model, ids, use_cache=False)
+    exact = logits(convert(model, plan), ids, use_cache=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert plan != FULL or torch.equal(out.logits.detach(), parent)
+    assert (out.logits - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_positional_arguments() -> None:
     model, ids = convert(tiny(), MIXED), tokens(20)
     mask = torch.ones_like(ids)
@@ -246,6 +261,7 @@ def test_restore_puts_everything_back(family: str) -> None:
     assert type(model).__name__ == FAMILIES[family][1].__name__
     assert restore(model) is model
     assert not is_converted(model)
+    assert type(model) is FAMILIES[family][1]
     assert state(model) == before
     assert torch.equal(logits(model, ids), expected)
 

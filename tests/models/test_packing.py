@@ -14,7 +14,7 @@ from masformer.models.convert import applied, convert
 from masformer.spans import Block, Full, SpanPlan, Window
 
 from .helpers import FAMILIES, FULL, MIXED, close, logits, tiny, tokens
-from .test_cache import SPANS
+from .test_cache import SPANS, pieces_of
 
 FOLDED = SpanPlan((Block(64), Full(), Window(20, 2), Block(8, 2)))
 """Spans for rows of some hundred tokens."""
@@ -60,13 +60,11 @@ def test_random_packed_rows(seed: int) -> None:
         ids[row, here], mask[row, here], positions[row, here] = flat[0], 1, position[0]
     with applied(convert(model, plan, check=False), plan):
         got = logits(model, ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        cut, cache = r.randint(1, length - 1), SpanCache(plan)
-        parts = [
-            logits(
-                model, ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache
-            )
-            for a, b in ((0, cut), (cut, length))
-        ]
+        cache, parts, end = SpanCache(plan), [], 0
+        for piece in pieces_of(r, length):
+            here, end = slice(end, end + piece), end + piece
+            where = {"attention_mask": mask[:, :end], "position_ids": positions[:, here]}
+            parts.append(logits(model, ids[:, here], past_key_values=cache, **where))
         for row, (left, documents, flat, _) in enumerate(rows):
             expected = torch.cat([logits(model, document, use_cache=False)[0] for document in documents])
             here = slice(left, left + flat.shape[1])

@@ -5,11 +5,13 @@ A converted folder holds the parent's weights (safetensors) and a `MasformerConf
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -56,7 +58,9 @@ def _load_strictly(
 ) -> tuple[Any, dict[str, Any]]:
     """Load weights, refusing what transformers would only warn of."""
     try:
-        model, info = cls.from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+        # Without this transformers raises on sizes that differ, and names none of them.
+        strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = cls.from_pretrained(source, config=config, **{**kwargs, **strict})
     except SafetensorError as error:
         raise CorruptError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
@@ -119,10 +123,16 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
             cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model, _ = _load_strictly(cls, source, config, {"dtype": dtype})
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or _out_of_resources(error):
             raise
         raise CorruptError(f"cannot load the weights of {source}: {_one_line(error)}") from error
     return model.eval().to(device) if device else model.eval()
+
+
+def _out_of_resources(error: BaseException) -> bool:
+    """Not the fault of the files: memory or disk ran out."""
+    no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return no_memory or getattr(error, "errno", None) in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,106 @@
+"""Peak memory and time of a forward and backward through one local layer, by length: both must grow linearly.
+
+    python -m benchmarks.memory [--out benchmarks/results/memory.json]
+
+Each length runs in a process of its own, since the peak is the operating system's (maximum resident size) and
+never falls. Inputs, outputs and gradients are counted with it; a process that only makes the inputs is
+subtracted. Full attention on torch's own kernel stands beside, measured the same way, up to 16k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LENGTHS = (4096, 8192, 16384, 32768, 65536)
+SPANS = ("block:512", "block:256:lookback=1", "window:512", "window:512:sinks=4", "full")
+FULL_UP_TO = 16384
+HEADS, KV_HEADS, DIM = 8, 4, 64
+
+
+def one(span_text: str, length: int) -> dict[str, float]:
+    """Run in the child: seconds of the second of two passes, and bytes at the peak above the inputs."""
+    import torch
+
+    from masformer.attention import attend
+    from masformer.spans import parse_span
+
+    torch.manual_seed(0)
+    q = torch.randn(1, HEADS, length, DIM, requires_grad=True)
+    k, v = (torch.randn(1, KV_HEADS, length, DIM, requires_grad=True) for _ in range(2))
+    small = [x[:, :, :64].detach().requires_grad_() for x in (q, k, v)]
+    attend(*small, parse_span(span_text)).sum().backward()  # loads the kernels before the peak is noted
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = math.inf
+    for _ in range(2):
+        started = time.perf_counter()
+        attend(q, k, v, parse_span(span_text)).sum().backward()
+        seconds = min(seconds, time.perf_counter() - started)
+    return {"seconds": seconds, "bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}
+
+
+def check() -> None:
+    """Refuse to measure what is wrong: every span against the reference, at an odd length."""
+    import torch
+
+    from masformer.attention import attend
+    from masformer.attention.reference import reference
+    from masformer.spans import parse_span
+
+    q, k, v = (torch.randn(1, 2, 1500, 16, dtype=torch.float64) for _ in range(3))
+    for text in SPANS:
+        error = (attend(q, k, v, parse_span(text)) - reference(q, k, v, parse_span(text))).abs().max()
+        if not error < 1e-12:
+            sys.exit(f"{text} is wrong by {error}: nothing was measured")
+
+
+def exponent(lengths: list[int], values: list[float]) -> float:
+    """Slope of log(value) over log(length), by least squares."""
+    x, y = [math.log(n) for n in lengths], [math.log(value) for value in values]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def measure(span: str) -> dict[str, Any]:
+    lengths = [n for n in LENGTHS if span != "full" or n <= FULL_UP_TO]
+    rows = []
+    for length in lengths:
+        child = [sys.executable, "-m", "benchmarks.memory", "--one", span, str(length)]
+        rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
+        print(f"{span:24} {length:7,} {rows[-1]['bytes'] / 2**20:9.1f} MiB {rows[-1]['seconds']:8.3f} s", flush=True)
+    growth = {name: exponent(lengths, [row[name] for row in rows]) for name in ("bytes", "seconds")}
+    print(f"{span:24} grows as T^{growth['bytes']:.2f} in memory, T^{growth['seconds']:.2f} in time\n", flush=True)
+    return {"span": span, "lengths": lengths, "rows": rows, "exponents": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
+    parser.add_argument("--one", nargs=2, metavar=("SPAN", "LENGTH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(one(arguments.one[0], int(arguments.one[1]))))
+        return
+    check()
+    import torch
+
+    print(
+        f"forward and backward, {HEADS} heads, {KV_HEADS} key heads, dim {DIM}, fp32, {torch.get_num_threads()} threads"
+    )
+    results = [measure(span) for span in SPANS]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"commit": commit, **machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The whole job on a small real model and real long documents: fetch, convert, check, measure, generate, show.
+
+    masformer demo                      results under demo/: index.html, results.json, and what was fetched
+
+Every measurement is kept in demo/measured/ under a name that holds what it was measured on, so a second run
+measures nothing again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from . import demo_page
+from .data.documents import Document, read_documents
+from .data.fetch import smollm2, sotu
+from .data.tasks import passkeys
+from .evaluation.generation import generate_text, prompt_ids
+from .evaluation.loss import loss_by_position
+from .evaluation.recall import recall
+from .evaluation.texts import cut_documents, load_tokenizer
+from .models.checkpoint import load
+from .models.convert import applied, is_converted, plan_of
+from .models.families import shape_of
+from .spans import SpanPlan, Window, cost, layout
+
+LENGTH = 4096
+"""Tokens of the documents whose loss is measured."""
+DOCUMENTS = 3
+NEEDLE_LENGTH = 2048
+"""Tokens of the passkey items."""
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+FIRST_YEAR = 2001
+"""Only speeches from here on, the longest and the newest."""
+NEW_TOKENS = 64
+LOCAL = Window(128, sinks=4)
+CHOSEN = (0, 7, 8, 17, 18, 20, 21, 23)
+"""The layers of SmolLM2-135M that a pilot measured to carry recall: each was made local alone, and these cost
+the most log-probability of the answer on passkey items of 2,048 tokens."""
+PARENT, ALL_LOCAL, RULE, MEASURED = "parent", "all local", "8 full, interleaved", "8 full, chosen"
+
+
+def plans(layers: int) -> dict[str, SpanPlan]:
+    """The layouts that the demo compares, by name."""
+    return {
+        PARENT: layout("full", layers),
+        ALL_LOCAL: layout("local", layers, local=LOCAL),
+        RULE: layout("masformer", layers, full=len(CHOSEN), placement="interleaved", local=LOCAL),
+        MEASURED: layout("masformer", layers, full=list(CHOSEN), local=LOCAL),
+    }
+
+
+def run(folder: Path, *, device: str | None = None, say: Callable[[str], Any] = print) -> dict[str, Any]:
+    """Run the demo, write `folder`/index.html and results.json, and return what the latter holds.
+
+    Raises:
+        ResourceError, InputError: the model or the speeches cannot be fetched.
+    """
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    say("1/5 model and documents")
+    model_folder = smollm2(folder / "smollm2-135m-instruct", progress=say)
+    speeches = [d for d in read_documents(sotu(folder / "sotu", progress=say)) if int(d.id[:4]) >= FIRST_YEAR]
+    job = _Job(model_folder, folder / "measured", speeches, device, say)
+    results = job.results()
+    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    page = demo_page.write(folder / "index.html", results, plans(len(job.layouts[PARENT])))
+    say("\n" + "\n".join(demo_page.conclusions(results)))
+    say(f"\n{page} shows it all ({time.perf_counter() - started:.0f} s).")
+    return results
+
+
+@dataclasses.dataclass
+class _Job:
+    model_folder: Path
+    measured: Path
+    speeches: list[Document]
+    device: str | None
+    say: Callable[[str], Any]
+
+    def __post_init__(self) -> None:
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = load_tokenizer(str(self.model_folder))
+        self.model: PreTrainedModel = load(str(self.model_folder), device=self.device)
+        self.layouts = plans(self.model.config.num_hidden_layers)
+
+    def results(self) -> dict[str, Any]:
+        self.say("2/5 conversion and self-check")
+        check = self._once("check", self.layouts[MEASURED], self._check)
+        self.say(f"  converted to {self.layouts[MEASURED]}, self-check passed in {check['seconds']:.1f} s")
+        self.say(f"3/5 loss by position, {DOCUMENTS} speeches of {LENGTH:,} tokens")
+        losses = self._each("loss", self._loss)
+        self.say(f"4/5 a passkey hidden in a speech, {NEEDLE_LENGTH:,} tokens")
+        needles = self._each("needle", self._needle)
+        self.say("5/5 generation")
+        texts = {name: self._once("text", plan, self._text) for name, plan in self.layouts.items() if name != RULE}
+        for name, text in texts.items():
+            self.say(
+                f"  {name:20} {text['tokens_per_second']:6.1f} tokens/s, KV cache {text['kv_bytes'] / 1e6:6.1f} MB"
+            )
+        shape = shape_of(self.model.config, kv_dtype_bytes=self.model.dtype.itemsize)
+        return {
+            "model": self.model_folder.name,
+            "device": self.device,
+            "torch": torch.__version__,
+            "length": LENGTH,
+            "needle_length": NEEDLE_LENGTH,
+            "plans": {name: str(plan) for name, plan in self.layouts.items()},
+            "check": check,
+            "loss": losses,
+            "needle": needles,
+            "text": texts,
+            "cost": {name: cost(shape, plan, LENGTH).to_json() for name, plan in self.layouts.items()},
+        }
+
+    def _each(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        results = {}
+        for name, plan in self.layouts.items():
+            results[name] = self._once(what, plan, measure)
+            self.say(f"  {name:20} {results[name]['words']}")
+        return results
+
+    def _once(self, what: str, plan: SpanPlan, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Measure under a plan, or take what an earlier run measured on the same things."""
+        basis = (what, str(plan), self.device, torch.__version__, LENGTH, NEEDLE_LENGTH, DOCUMENTS, DEPTHS, NEW_TOKENS)
+        name = f"{what}-{hashlib.sha256(repr(basis).encode()).hexdigest()[:16]}.json"
+        file = self.measured / name
+        if file.is_file():
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        if plan == self.layouts[PARENT]:
+            result = measure()  # the parent runs as it is, without any code of ours
+        else:
+            with applied(self.model, plan):
+                result = measure()
+        self.measured.mkdir(exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(result), encoding="utf-8")
+        part.replace(file)
+        return result
+
+    def _check(self) -> dict[str, Any]:
+        from .models.selfcheck import selfcheck
+
+        started = time.perf_counter()
+        selfcheck(self.model)
+        return {"seconds": time.perf_counter() - started, "converted": is_converted(self.model)}
+
+    def _loss(self) -> dict[str, Any]:
+        cut = cut_documents(self.tokenizer, self.speeches, length=LENGTH, items=DOCUMENTS)
+        started = time.perf_counter()
+        loss = loss_by_position(self.model, cut.ids, sizes=cut.sizes)
+        seconds = time.perf_counter() - started
+        words = f"{loss.nats_per_token:.3f} nats/token, {LENGTH * len(cut.ids) / seconds:,.0f} tokens/s"
+        return {**loss.to_json(), "documents": cut.names, "seconds": seconds, "words": words}
+
+    def _needle(self) -> dict[str, Any]:
+        fillers = [speech.text for speech in self.speeches[-2:]]
+        items = passkeys(self.tokenizer, fillers, NEEDLE_LENGTH, DEPTHS, seed=0)
+        scores = [recall(self.model, item) for item in items]
+        found = sum(score.found for score in scores)
+        mean = sum(score.log_probability for score in scores) / len(scores)
+        words = f"found {found} of {len(scores)}, log-probability of the key {mean:.1f}"
+        return {
+            "found": found,
+            "items": len(scores),
+            "log_probability": mean,
+            "words": words,
+            "scores": [dataclasses.asdict(score) for score in scores],
+        }
+
+    def _text(self) -> dict[str, Any]:
+        start = self.tokenizer.decode(self.tokenizer(self.speeches[-1].text)["input_ids"][: LENGTH - 256])
+        question = f"{start}\n\nSum up this speech in a few sentences."
+        ids = prompt_ids(self.tokenizer, question, chat=True)
+        generated = generate_text(self.model, self.tokenizer, ids, new_tokens=NEW_TOKENS)
+        return {**generated.to_json(), "plan": str(plan_of(self.model))}

@@ -1,0 +1,164 @@
+"""What the demo says in the end: its page, and in plain words what was gained and lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .report.page import Figure, Section, Table, write_page
+from .report.picture import plan_svg
+from .report.plots import bars, loss_by_position
+from .spans import SpanPlan
+
+MB = 1e6
+
+
+def write(path: Path, results: dict[str, Any], plans: dict[str, SpanPlan]) -> Path:
+    """Write the page for `results` (what `demo.run` returns)."""
+    sections = [
+        Section("What was gained and lost", conclusions(results)),
+        _plans(results, plans),
+        _loss(results),
+        _needle(results),
+        _cost(results),
+        _text(results),
+        Section(
+            "How this was made",
+            [
+                "Command: masformer demo",
+                f"Model: {results['model']}, {results['device']}, torch {results['torch']}. No weight was trained or "
+                "changed: the plans only say what each layer may see.",
+            ],
+        ),
+    ]
+    return write_page(path, title="SmolLM2-135M with mixed attention spans", sections=sections)
+
+
+def conclusions(results: dict[str, Any]) -> list[str]:
+    """What was gained and what was lost, with the numbers of this run."""
+    parent, local, rule, chosen = results["plans"]
+    loss, needle, cost = results["loss"], results["needle"], results["cost"]
+
+    def more(name: str) -> float:
+        return float(loss[name]["nats_per_token"] - loss[parent]["nats_per_token"])
+
+    def found(name: str) -> str:
+        return f"{needle[name]['found']} of {needle[name]['items']}"
+
+    def share(name: str, *keys: str) -> float:
+        before, after = cost[parent], cost[name]
+        for key in keys:
+            before, after = before[key], after[key]
+        return 1 - float(after) / float(before)
+
+    return [
+        f"Gained: with {chosen}, {share(chosen, 'attention_pairs'):.0%} of the attention pairs, "
+        f"{share(chosen, 'training_flops', 'total'):.0%} of the model's training FLOPs and "
+        f"{share(chosen, 'kv_bytes_held'):.0%} of the KV cache are saved at {results['length']:,} tokens.",
+        f"Lost: {more(chosen):+.3f} nats per token against the parent (all local {more(local):+.3f}, the same number "
+        f"of full layers by rule {more(rule):+.3f}), without any training.",
+        f"Recall: the parent finds {found(parent)} passkeys, {chosen} {found(chosen)}, {rule} {found(rule)}, "
+        f"{local} {found(local)}. Loss hardly sees which layers stay full; recall does.",
+        f"So the choice by measurement keeps what the rule at the same cost loses. The {chosen[0]} full layers were "
+        "measured for this model; another model needs its own measurement, and continual training to close the rest.",
+    ]
+
+
+def _plans(results: dict[str, Any], plans: dict[str, SpanPlan]) -> Section:
+    length = results["length"]
+    figures = [
+        Figure(f"Plan {name}: {plan}", svg=plan_svg(plan, title=name, length=length), caption=str(plan))
+        for name, plan in plans.items()
+        if plan.full_layers != tuple(range(len(plan)))
+    ]
+    words = [
+        f"Each row is a layer; a bar covers what the last of {length:,} tokens sees. The parent is full everywhere."
+    ]
+    return Section("The plans", words, figures=figures)
+
+
+def _loss(results: dict[str, Any]) -> Section:
+    losses = results["loss"]
+    series = {
+        name: [((b["low"] * b["high"]) ** 0.5, b["nats_per_token"]) for b in loss["buckets"] if b["low"] >= 16]
+        for name, loss in losses.items()
+    }
+    rows = [[name, f"{x['nats_per_token']:.3f}", f"{x['perplexity']:.2f}"] for name, x in losses.items()]
+    documents = ", ".join(next(iter(losses.values()))["documents"])
+    return Section(
+        "Loss by position",
+        [f"Mean loss of the tokens by how many stand before them; {results['length']:,} tokens of {documents}."],
+        tables=[Table(["plan", "nats/token", "perplexity"], rows, "Loss over all positions")],
+        figures=[Figure("Loss by position for every plan; the table holds the means", svg=loss_by_position(series))],
+    )
+
+
+def _needle(results: dict[str, Any]) -> Section:
+    needle = results["needle"]
+    depths = sorted({score["depth"] for score in next(iter(needle.values()))["scores"]})
+    rows = []
+    for name, result in needle.items():
+        at = [[s["found"] for s in result["scores"] if s["depth"] == depth] for depth in depths]
+        cells = [f"{sum(found)}/{len(found)}" for found in at]
+        rows.append([name, *cells, f"{result['found']}/{result['items']}", f"{result['log_probability']:.1f}"])
+    return Section(
+        "A passkey hidden in a speech",
+        [
+            f"A five-digit key stands once in {results['needle_length']:,} tokens of a speech, at the depth given "
+            "(0 is the start), and is asked for at the end. Found means that greedy decoding gives every digit."
+        ],
+        tables=[
+            Table(
+                ["plan", *(f"depth {depth}" for depth in depths), "all", "log-probability"],
+                rows,
+                "Passkeys found, and the mean log-probability of the key in nats",
+            )
+        ],
+    )
+
+
+def _cost(results: dict[str, Any]) -> Section:
+    cost = results["cost"]
+    rows = [
+        [
+            name,
+            f"{c['attention_pairs'] / 1e6:,.0f}",
+            f"{c['training_flops']['total'] / 1e12:.2f}",
+            f"{c['prefill_flops']['total'] / 1e12:.2f}",
+            f"{c['kv_bytes_held'] / MB:.1f}",
+            f"{c['prefill_kv_peak'] / MB:.1f}",
+        ]
+        for name, c in cost.items()
+    ]
+    headers = ["plan", "pairs (M)", "training (TFLOP)", "prefill (TFLOP)", "KV held (MB)", "KV peak, prefill (MB)"]
+    held = {"KV held": [c["kv_bytes_held"] / MB for c in cost.values()]}
+    return Section(
+        "Cost",
+        [f"Counted for one document of {results['length']:,} tokens; attention is only a part of the FLOPs."],
+        tables=[Table(headers, rows, "What each plan costs")],
+        figures=[Figure("KV cache held by each plan, as in the table", svg=bars(list(cost), held, "MB"))],
+    )
+
+
+def _text(results: dict[str, Any]) -> Section:
+    texts = results["text"]
+    rows = [
+        [
+            name,
+            f"{t['prompt_tokens']:,}",
+            f"{t['prefill_seconds']:.1f}",
+            f"{t['tokens_per_second']:.1f}",
+            f"{t['kv_bytes'] / MB:.1f}",
+        ]
+        for name, t in texts.items()
+    ]
+    headers = ["plan", "prompt tokens", "prefill (s)", "tokens/s", "KV cache (MB)"]
+    return Section(
+        "Generation",
+        [
+            "The same prompt, greedy: sum up the newest speech. Speed is of this machine and this run; KV bytes are "
+            "those of the storage that generate() really held at its end."
+        ],
+        tables=[Table(headers, rows, "Speed and memory of generation")],
+        verbatim=[f"{name}: {t['text'].strip()}" for name, t in texts.items()],
+    )
