@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from . import demo_page
 from .data.documents import Document, read_documents
@@ -45,7 +44,7 @@ LOCAL = Window(128, sinks=4)
 CHOSEN = (0, 7, 8, 17, 18, 20, 21, 23)
 """The layers of SmolLM2-135M that a pilot measured to carry recall: each was made local alone, and these cost
 the most log-probability of the answer on passkey items of 2,048 tokens."""
-PARENT, ALL_LOCAL, RULE, MEASURED = "parent", "all local", "8 full, interleaved", "8 full, chosen"
+PARENT, ALL_LOCAL, RULE, MEASURED = "parent", "all local", "interleaved, 8 full", "chosen, 8 full"
 
 
 def plans(layers: int) -> dict[str, SpanPlan]:
@@ -89,7 +88,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(str(self.model_folder))
-        self.model: PreTrainedModel = load(str(self.model_folder), device=self.device)
+        self.model: Any = load(str(self.model_folder), device=self.device)
         self.layouts = plans(self.model.config.num_hidden_layers)
 
     def results(self) -> dict[str, Any]:

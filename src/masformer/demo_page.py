@@ -52,15 +52,15 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         return 1 - float(after) / float(before)
 
     return [
-        f"Gained: with {chosen}, {share(chosen, 'attention_pairs'):.0%} of the attention pairs, "
+        f"Gained ({chosen}): {share(chosen, 'attention_pairs'):.0%} of the attention pairs, "
         f"{share(chosen, 'training_flops', 'total'):.0%} of the model's training FLOPs and "
         f"{share(chosen, 'kv_bytes_held'):.0%} of the KV cache are saved at {results['length']:,} tokens.",
-        f"Lost: {more(chosen):+.3f} nats per token against the parent (all local {more(local):+.3f}, the same number "
-        f"of full layers by rule {more(rule):+.3f}), without any training.",
-        f"Recall: the parent finds {found(parent)} passkeys, {chosen} {found(chosen)}, {rule} {found(rule)}, "
-        f"{local} {found(local)}. Loss hardly sees which layers stay full; recall does.",
-        f"So the choice by measurement keeps what the rule at the same cost loses. The {chosen[0]} full layers were "
-        "measured for this model; another model needs its own measurement, and continual training to close the rest.",
+        f"Lost ({chosen}): {more(chosen):+.3f} nats per token against the parent, without any training. "
+        f"All local loses {more(local):+.3f}, as many full layers placed by the rule {more(rule):+.3f}.",
+        f"Passkeys found: parent {found(parent)}; chosen {found(chosen)}; interleaved {found(rule)}; all local "
+        f"{found(local)}. Loss hardly sees which layers stay full; recall does.",
+        "The chosen layers were measured for this model, and cost what the rule costs; another model needs its own "
+        "measurement, and continual training to win back the rest.",
     ]
 
 
@@ -130,11 +130,14 @@ def _cost(results: dict[str, Any]) -> Section:
         ]
         for name, c in cost.items()
     ]
-    headers = ["plan", "pairs (M)", "training (TFLOP)", "prefill (TFLOP)", "KV held (MB)", "KV peak, prefill (MB)"]
+    headers = ["plan", "M pairs", "training TFLOP", "prefill TFLOP", "KV held, MB", "KV peak, MB"]
     held = {"KV held": [c["kv_bytes_held"] / MB for c in cost.values()]}
     return Section(
         "Cost",
-        [f"Counted for one document of {results['length']:,} tokens; attention is only a part of the FLOPs."],
+        [
+            f"Counted for one document of {results['length']:,} tokens; attention is only a part of the FLOPs. KV held "
+            "is what the cache keeps afterwards, KV peak the most that is alive during a prefill in one go."
+        ],
         tables=[Table(headers, rows, "What each plan costs")],
         figures=[Figure("KV cache held by each plan, as in the table", svg=bars(list(cost), held, "MB"))],
     )

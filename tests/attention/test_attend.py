@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from masformer.attention import Segments, UnsupportedSpan, attend, blockwise
 from masformer.attention.reference import reference
 from masformer.spans import Block, Full, Span, Window
 
-from .cases import check, dense_mask, documents, inputs, largest, random_case, segments, with_gradients
+from .cases import check, documents, inputs, largest, random_case, segments, with_gradients
 
 SPANS: list[Span] = [
     Full(),
@@ -93,33 +94,48 @@ def test_10_000_random_cases(chunk: int, shared_folder: Path) -> None:
     assert total <= 10
 
 
+def torch_in(way: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full causal attention by torch alone, with a kernel and a way to serve several query heads by one key head."""
+    kernel, groups = way.split()
+    if groups == "repeated":
+        k, v = (x[:, :, None].expand(-1, -1, q.shape[1] // x.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
+    length = q.shape[2]
+    mask = torch.ones(length, length, dtype=torch.bool).tril() if kernel == "masked" else None
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=kernel == "causal", enable_gqa=groups == "grouped")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(10))
-def test_torch_misses_the_bfloat16_bar_too(chunk: int, shared_folder: Path) -> None:
-    """torch's causal kernel judged as `check` judges ours, on the same cases with one document and a Full span.
+def test_torch_misses_the_bfloat16_bar_against_itself(chunk: int, shared_folder: Path) -> None:
+    """torch judged against torch as `check` judges ours: the same cases, with one document and a Full span.
 
-    It is why bfloat16 is judged by the root mean square: exact as it is, it misses the bar for the largest error
-    about as often as ours does.
+    It is why bfloat16 is judged by the root mean square. Measured on 10,000 cases (torch 2.13, CPU): the causal
+    kernel against the masked one, 0 misses; key heads repeated before the call, as ours are, against torch's
+    `enable_gqa`, 13; and `enable_gqa` against repeated heads, 125. The order in which the gradients of a shared
+    key head are added up decides, not the attention.
     """
-    misses = []
+    pairs = {
+        "kernels": ("causal grouped", "masked grouped"),
+        "repeated": ("causal repeated", "masked grouped"),
+        "grouped": ("masked grouped", "causal repeated"),
+    }
+    misses = dict.fromkeys(pairs, 0)
     for seed in range(1000 * chunk, 1000 * chunk + 1000):
         r = random_case(seed)
         case = type(r)(Full(), torch.bfloat16, r.heads, r.kv_heads, r.dim, ((0, (r.length,), 0),) * len(r.rows), seed)
         *qkv, grad = inputs(case)
         exact = with_gradients(lambda q, k, v: reference(q, k, v, Full()), [x.double() for x in qkv], grad.double())
-        mask = dense_mask(case)
-        masked = with_gradients(
-            lambda q, k, v, mask=mask: scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True), qkv, grad
-        )
-        causal = with_gradients(
-            lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), qkv, grad
-        )
-        bars = zip(exact, masked, causal, strict=True)
-        if any(largest(c, e) > 2 * largest(m, e) + 1e-2 for e, m, c in bars):
-            misses.append(seed)
-    total = count_in_all_chunks(shared_folder, "torch", chunk, len(misses))
-    print(f"torch causal against torch masked, above 2 x + 1e-2: {misses} here, {total} in all chunks so far")
-    assert total <= 20
+        errors = {
+            way: [largest(x, e) for x, e in zip(with_gradients(partial(torch_in, way), qkv, grad), exact, strict=True)]
+            for way in {way for pair in pairs.values() for way in pair}
+        }
+        for name, (judged, bar) in pairs.items():
+            misses[name] += any(x > 2 * y + 1e-2 for x, y in zip(errors[judged], errors[bar], strict=True))
+    total = {name: count_in_all_chunks(shared_folder, name, chunk, count) for name, count in misses.items()}
+    print(f"torch against torch, largest error above 2 x + 1e-2: {misses} here, {total} in all chunks so far")
+    assert total["kernels"] <= 10
+    assert total["repeated"] <= 40
+    assert total["repeated"] < total["grouped"]
 
 
 # Borders and shapes

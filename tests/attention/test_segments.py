@@ -150,7 +150,9 @@ def test_a_mask_must_cover_the_cache() -> None:
 
 
 def test_a_mask_that_changes() -> None:
-    with pytest.raises(UnsupportedSpan, match="row 0: the mask hides column 0, which an earlier call showed"):
+    with pytest.raises(
+        UnsupportedSpan, match="row 0: the mask of this call begins at column 1, that of earlier calls at 0"
+    ):
         of(1, mask=[[0, 1, 1, 1]], previous=of(3))
 
 

@@ -238,11 +238,12 @@ def test_our_own_attention_implementation_may_be_named(saved: Path) -> None:
     assert plan_of(AutoModelForCausalLM.from_pretrained(saved, attn_implementation="masformer")) == MIXED
 
 
-def test_a_model_is_not_built_from_the_config_alone(saved: Path) -> None:
-    """Not as its parent, and not as a shell without layers."""
+def test_a_model_built_from_the_config_alone_has_the_spans(saved: Path) -> None:
+    """Random weights, but neither its parent nor a shell without layers."""
     config = AutoConfig.from_pretrained(saved)
-    with pytest.raises((InputError, NotImplementedError, TypeError)):
-        AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    assert is_converted(model)
+    assert plan_of(model) == config.span_plan()
 
 
 def test_the_decoder_alone_is_not_saved_as_its_parent(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def attend(
         return Document(q, k, v, span, segments.seen, first, scale, dropout).attend()
     for piece in segments.pieces:
         _check_held(span, piece.first - piece.begin, first - piece.begin)
-    if segments.new <= FEW_QUERIES:
+    rows = [piece.row for piece in segments.pieces]
+    if segments.new <= FEW_QUERIES and len(rows) == len(set(rows)):
         return _together(q, k, v, span, segments, first, scale, dropout)
     return _apart(q, k, v, span, segments, first, scale, dropout)
 
@@ -94,7 +95,10 @@ def _together(
     scale: float | None,
     dropout: float,
 ) -> Tensor:
-    """All rows at once under a mask `[batch, 1, queries, keys]`: for a few queries only."""
+    """All rows at once under a mask `[batch, 1, queries, keys]`: for a few queries of one document per row.
+
+    Keys outside the row's document are cleared as well: NaN or infinity there would get through a mask.
+    """
     sinks = span.sinks if first else 0
     begins = segments.begins(q.device)
     real = begins >= 0
@@ -108,6 +112,8 @@ def _together(
     if sinks:  # a slot holds a sink only once the run has dropped it
         dropped = begins + torch.arange(sinks, device=q.device) < first
         mask = torch.cat([dropped, mask], dim=2)
+    of_document = mask.any(1)[:, None, :, None]
+    k, v = k.masked_fill(~of_document, 0.0), v.masked_fill(~of_document, 0.0)
     out = sdpa(q, k, v, mask=mask[:, None], causal=False, scale=scale, dropout=dropout)
     return out.masked_fill(~real[:, None, :, None], 0.0)
 

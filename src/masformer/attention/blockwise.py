@@ -21,7 +21,7 @@ from .reference import visible
 
 LEAST_CHUNK = 64
 """Chunks are not shorter than this: tiny spans would make too many tiny products."""
-MOST_CHUNK = 1024
+MOST_CHUNK = 512
 """Chunks of a wide window are not longer than this: it bounds the mask."""
 
 FEW_TOKENS = 256
@@ -35,7 +35,7 @@ def sdpa(
 
     Keys are repeated unless the kernel takes them as they are: on CUDA `enable_gqa` with a mask falls back to
     the slow kernel (transformers does the same, integrations/sdpa_attention.py), and on the CPU torch repeats
-    them itself, but adds up the gradients of the repeats in bfloat16.
+    them itself, but adds up the gradients of the repeats in bfloat16. Local attention does better: see `grouped`.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and (mask is not None or q.device.type == "cpu"):
@@ -44,6 +44,18 @@ def sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
     )
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, scale: float | None, dropout: float) -> Tensor:
+    """`sdpa` under a mask `[queries, keys]` that all heads share: the query heads of a key head stand one after
+    the other along the queries, so keys are neither repeated nor their gradients rounded one head at a time.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups == 1:
+        return sdpa(q, k, v, mask=mask, causal=False, scale=scale, dropout=dropout)
+    stacked = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+    out = sdpa(stacked, k, v, mask=mask.repeat(groups, 1), causal=False, scale=scale, dropout=dropout)
+    return out.unflatten(2, (groups, q.shape[2])).flatten(1, 2)
 
 
 def chunk_and_reach(span: Span) -> tuple[int, int]:
@@ -213,10 +225,10 @@ class Document:
         q = self.q[:, :, part.low - self.start : part.high - self.start]
         q = q.unflatten(2, (part.chunks, width)).transpose(1, 2).flatten(0, 1)
         causal = not part.sinks and part.begin == part.low == self.span.start(part.low + width - 1)
-        mask = None
-        if not causal and (width > 1 or part.chunks > 1):  # a single query sees all the keys that were taken
-            mask = self._mask(part, k.shape[2])
-        out = sdpa(q, k, v, mask=mask, causal=causal and width > 1, scale=self.scale, dropout=self.dropout)
+        if causal or width == part.chunks == 1:  # a single query sees all the keys that were taken
+            out = sdpa(q, k, v, mask=None, causal=width > 1, scale=self.scale, dropout=self.dropout)
+        else:
+            out = grouped(q, k, v, mask=self._mask(part, k.shape[2]), scale=self.scale, dropout=self.dropout)
         return out.unflatten(0, (batch, part.chunks)).transpose(1, 2).flatten(2, 3)
 
     def _mask(self, part: Part, keys: int) -> Tensor:

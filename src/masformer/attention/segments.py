@@ -39,6 +39,8 @@ class Row(NamedTuple):
     """Position id that the next token of this document must have, None before its first token."""
     closed: bool
     """Whether right padding was seen: no real token may follow."""
+    low: int
+    """Column of the row's first real token, the next column where none has come yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Segments:
             start = _single_start(positions, expected, seen)
             if start is not None:
                 return cls(seen, new, position=start + new)
-        return _cut(batch, seen, new, previous, mask, positions)
+        ranges = None if attention_mask is None else _real_ranges(mask, batch, seen + new)
+        return _cut(batch, seen, new, previous, ranges, positions)
 
     @property
     def batch_rows(self) -> int | None:
@@ -135,6 +138,8 @@ def _checked_mask(mask: Tensor | None, batch: int, columns: int) -> Tensor | Non
     """The mask as booleans on the CPU, or None where nothing is masked."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise UnsupportedSpan(f"attention_mask is a {type(mask).__name__}: local attention takes a 2-D padding mask")
     if mask.ndim != 2 or tuple(mask.shape) != (batch, columns):
         raise UnsupportedSpan(
             f"attention_mask has shape {tuple(mask.shape)}: local attention takes a padding mask of shape "
@@ -164,10 +169,15 @@ def _single_start(positions: Tensor | None, expected: int | None, seen: int) -> 
 
 
 def _cut(
-    batch: int, seen: int, new: int, previous: Segments | None, mask: Tensor | None, positions: Tensor | None
+    batch: int,
+    seen: int,
+    new: int,
+    previous: Segments | None,
+    ranges: list[tuple[int, int]] | None,
+    positions: Tensor | None,
 ) -> Segments:
-    """The general case: row by row, on the CPU."""
-    start = Row(0, None, False) if not seen else Row(0, previous.position if previous else seen, False)
+    """The general case: row by row, on the CPU. `ranges`: the columns that the mask of this call calls real."""
+    start = Row(0, None, False, 0) if not seen else Row(0, previous.position if previous else seen, False, 0)
     before = (previous.rows if previous else None) or (start,) * batch
     if len(before) != batch:
         raise UnsupportedSpan(f"the cache holds {len(before)} rows, the batch has {batch}")
@@ -176,11 +186,21 @@ def _cut(
     pieces: list[Piece] = []
     rows = []
     for index in range(batch):
-        lo, hi = (0, seen + new) if mask is None else _real_range(mask[index], index)
-        cut, row = _cut_row(index, before[index], seen, seen + new, lo, hi, ids[index])
+        row = before[index]
+        lo, hi = ranges[index] if ranges is not None else (row.low, seen + new)
+        if seen and lo != row.low and min(lo, row.low) < seen:
+            raise UnsupportedSpan(
+                f"row {index}: the mask of this call begins at column {lo}, that of earlier calls at {row.low}"
+            )
+        cut, row = _cut_row(index, row, seen, seen + new, lo, hi, ids[index])
         pieces += cut
         rows.append(row)
     return Segments(seen, new, tuple(pieces), tuple(rows))
+
+
+def _real_ranges(mask: Tensor | None, batch: int, columns: int) -> list[tuple[int, int]]:
+    """Of each row; the whole row where the mask is None, which is how `_checked_mask` writes all ones."""
+    return [(0, columns) if mask is None else _real_range(mask[index], index) for index in range(batch)]
 
 
 def _real_range(mask: Tensor, index: int) -> tuple[int, int]:
@@ -199,12 +219,10 @@ def _real_range(mask: Tensor, index: int) -> tuple[int, int]:
 def _cut_row(index: int, row: Row, seen: int, end: int, lo: int, hi: int, ids: Tensor) -> tuple[list[Piece], Row]:
     """Cut the columns `seen` to `end` of one row, of which `lo` to `hi` are real, at the starts of documents."""
     started = row.position is not None
-    if started and (lo > row.begin and lo < seen):
-        raise UnsupportedSpan(f"row {index}: the mask hides column {row.begin}, which an earlier call showed")
     first, stop = max(lo, seen), min(hi, end)
     if first >= stop:
         closed = row.closed or started
-        return [], Row(row.begin if started else end, row.position, closed)
+        return [], Row(row.begin if started else end, row.position, closed, row.low if started else end)
     if row.closed or (started and first > seen):
         raise UnsupportedSpan(f"row {index} has real tokens after right padding: pad on the left to go on")
     values = ids[first - seen : stop - seen]
@@ -223,4 +241,4 @@ def _cut_row(index: int, row: Row, seen: int, end: int, lo: int, hi: int, ids: T
         begins = [row.begin if started else first, *begins]
     edges = [max(begin, first) for begin in begins] + [stop]
     pieces = [Piece(index, begin, edges[i], edges[i + 1]) for i, begin in enumerate(begins)]
-    return pieces, Row(begins[-1], int(values[-1]) + 1, stop < end)
+    return pieces, Row(begins[-1], int(values[-1]) + 1, stop < end, row.low if started else first)

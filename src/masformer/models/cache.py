@@ -53,6 +53,8 @@ class SpanLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.keys.numel() > 0
+        if held and self.keys.shape[0] != key_states.shape[0]:
+            raise UnsupportedSpan(f"the cache holds {self.keys.shape[0]} rows, the batch has {key_states.shape[0]}")
         keys = torch.cat([self.keys, key_states], dim=2) if held else key_states
         values = torch.cat([self.values, value_states], dim=2) if held else value_states
         self.keys, self.values = keys, values
@@ -103,12 +105,7 @@ class SpanLayer(DynamicLayer):
             return
         if tokens:
             self.seen -= tokens
-            self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
-        if segments.first_needed(self.span) < self.first:
-            raise UnsupportedSpan(
-                f"cannot take back {tokens} tokens: {self.span} has let go of keys from before; "
-                "call activate_past_recording() first"
-            )
+            self.keys, self.values = self.keys[:, :, :-tokens].clone(), self.values[:, :, :-tokens].clone()
         self._drop(segments)
 
 
@@ -201,8 +198,16 @@ class SpanCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
-        if self.timeline.segments:
-            self.timeline.segments = self.timeline.segments.crop(-tokens_to_remove)
+        if self.timeline.segments is None:
+            return
+        segments = self.timeline.segments.crop(-tokens_to_remove)
+        for layer in self.span_layers:
+            if segments.first_needed(layer.span) < layer.first:
+                raise UnsupportedSpan(
+                    f"cannot take back {-tokens_to_remove} tokens: {layer.span} has let go of keys from before; "
+                    "call activate_past_recording() first"
+                )
+        self.timeline.segments = segments
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -36,21 +37,31 @@ class MasformerForCausalLM(PreTrainedModel):
             CorruptError: weights that are missing, superfluous, of another shape, or cut short.
         """
         config = kwargs.pop("config", None) or MasformerConfig.from_pretrained(pretrained_model_name_or_path)
-        requested = kwargs.pop("attn_implementation", None)
+        # transformers' auto class moves the argument into the config before it calls this.
+        requested = kwargs.pop("attn_implementation", None) or config._attn_implementation
         if requested not in (None, NAME):
             raise InputError(f"attn_implementation={requested!r} would ignore the spans of a converted model")
         want_info = kwargs.pop("output_loading_info", False)
         parent, plan = config.parent_config(), config.span_plan()
         family_of(parent)
-        model, info = _load_strictly(
-            MODEL_FOR_CAUSAL_LM_MAPPING[type(parent)], pretrained_model_name_or_path, parent, kwargs
-        )
+        model, info = _load_strictly(_class_of(parent), pretrained_model_name_or_path, parent, kwargs)
         convert(model, plan, check=False)
         return (model, info) if want_info else model
+
+    @classmethod
+    def _from_config(cls, config: MasformerConfig, **kwargs: Any) -> Any:
+        """What the auto class's `from_config` calls: the parent with random weights, converted."""
+        parent, plan = config.parent_config(), config.span_plan()
+        family_of(parent)
+        return convert(_class_of(parent)._from_config(parent, **kwargs), plan, check=False)
 
 
 AutoConfig.register(MasformerConfig.model_type, MasformerConfig)
 AutoModelForCausalLM.register(MasformerConfig, MasformerForCausalLM)
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _load_strictly(
@@ -101,6 +112,8 @@ def _read_config(source: str) -> PreTrainedConfig:
         raise InputError(f"{source} is not a folder: give a model folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(source)
+    except StrictDataclassError as error:
+        raise CorruptError(f"the model config in {source} is not usable: {_one_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"cannot read a model config from {source}: {_one_line(error)}") from error
     if not isinstance(config, MasformerConfig):
@@ -120,7 +133,7 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
         if isinstance(config, MasformerConfig):
             model = MasformerForCausalLM.from_pretrained(source, config=config, dtype=dtype)
         else:
-            cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            cls = _class_of(config)
             model, _ = _load_strictly(cls, source, config, {"dtype": dtype})
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or _out_of_resources(error):

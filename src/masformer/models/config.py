@@ -56,7 +56,12 @@ class MasformerConfig(PreTrainedConfig):
             raise CorruptError(
                 f"config.json of a converted model names the parent type {self.parent_type!r}, which is not known"
             )
-        return CONFIG_MAPPING[self.parent_type].from_dict(dict(self.parent))
+        try:
+            return CONFIG_MAPPING[self.parent_type].from_dict(dict(self.parent))
+        except Exception as error:  # every config class checks its fields in its own way
+            raise CorruptError(
+                f"config.json of a converted model has a bad parent config: {' '.join(str(error).split())}"
+            ) from error
 
     def span_plan(self) -> SpanPlan:
         """The plan, checked against the parent.
@@ -64,6 +69,8 @@ class MasformerConfig(PreTrainedConfig):
         Raises:
             CorruptError: a plan that cannot be read or does not fit.
         """
+        if not isinstance(self.plan, str):
+            raise CorruptError(f"config.json of a converted model has a bad plan: {self.plan!r} is not text")
         try:
             plan = SpanPlan.parse(self.plan)
             check_length(plan, self.parent_config())

@@ -11,6 +11,7 @@ exists in transformers is changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -110,14 +111,23 @@ class SpanDecoder:
             kwargs["past_key_values"] = SpanCache(plan)
         return SpanCache.adopt(kwargs["past_key_values"], plan)
 
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedSpan("the decoder alone would be saved without its spans: save the whole converted model")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(super().__reduce_ex__(protocol), type(self))
+
 
 class SpanModel:
     """In front of a causal language model's class: saves the plan, and refuses what would drop it."""
 
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(super().__reduce_ex__(protocol), type(self))
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder of model type `masformer`; see `masformer.models.config`."""
         with saved_as_converted(self.config, plan_of(self)):
-            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self: Any, attn_implementation: Any, **kwargs: Any) -> None:
         if attn_implementation != NAME:
@@ -231,6 +241,17 @@ def plan_of(model: PreTrainedModel) -> SpanPlan:
     return spans_on(model)
 
 
+def _reduced(reduced: Any, cls: type) -> Any:
+    """How to copy or pickle an object whose class was made here: by the two classes it was made of."""
+    return (_blank, cls.__bases__, *reduced[2:])
+
+
+def _blank(front: type, behind: type) -> Any:
+    cls: Any = _in_front(front, behind)
+    return cls.__new__(cls)
+
+
+@functools.cache
 def _in_front(front: type, behind: type) -> type:
     """A class that is `front` before `behind`, under the name and module of the latter."""
     return type(behind.__name__, (front, behind), {"__module__": behind.__module__, "__doc__": behind.__doc__})
