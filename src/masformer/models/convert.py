@@ -187,7 +187,7 @@ def convert(model: PreTrainedModel, plan: SpanPlan, *, check: bool = True) -> Pr
         model.config._attn_implementation = NAME
         fronts: tuple[tuple[Any, type], ...] = ((model.base_model, SpanDecoder), (model, SpanModel))
         for part, front in fronts:
-            part.__class__ = _in_front(front, type(part))
+            part.__class__ = _in_front(front, type(part))  # type: ignore[arg-type]
     if check:
         try:
             selfcheck(model)
