@@ -282,7 +282,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(callback=at_least(1), help="Tokens to generate at most.")] = 100,
     temperature: Annotated[float, typer.Option(callback=at_least(0), help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(callback=at_least(0), help="Of sampling at a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling at a temperature above 0.")] = 0,
     device: Device = None,
     json: Json = False,
     debug: Debug = False,

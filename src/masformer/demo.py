@@ -89,6 +89,8 @@ class _Job:
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(str(self.model_folder))
         self.model: Any = load(str(self.model_folder), device=self.device)
+        files = sorted(Path(__file__).parent.rglob("*.py"))
+        self.code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         self.layouts = plans(self.model.config.num_hidden_layers)
 
     def results(self) -> dict[str, Any]:
@@ -129,7 +131,8 @@ class _Job:
 
     def _once(self, what: str, plan: SpanPlan, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Measure under a plan, or take what an earlier run measured on the same things."""
-        basis = (what, str(plan), self.device, torch.__version__, LENGTH, NEEDLE_LENGTH, DOCUMENTS, DEPTHS, NEW_TOKENS)
+        settings = (LENGTH, NEEDLE_LENGTH, DOCUMENTS, DEPTHS, FIRST_YEAR, NEW_TOKENS)
+        basis = (what, str(plan), self.device, torch.__version__, settings, self.code)
         name = f"{what}-{hashlib.sha256(repr(basis).encode()).hexdigest()[:16]}.json"
         file = self.measured / name
         if file.is_file():

@@ -409,7 +409,26 @@ def test_wide_windows_keep_masks_small() -> None:
     assert elements <= 1024 * (1024 + 3000) < 8192 * 8192 / 16
 
 
+@pytest.mark.parametrize("span", [Block(2048, sinks=4), Block(2048, 1), Window(2048, 4)], ids=str)
+def test_long_spans_keep_masks_small(span: Span) -> None:
+    """Not span x span, with sinks and with a look-back either; and still right."""
+    length = 6000
+    elements = largest_tensor(lambda q, k, v: attend(q, k, v, span), length)
+    inputs_hold = length * 4 * 8
+    assert elements <= max(512 * 2 * (2 * 2048 + 512 + 4), 6 * inputs_hold) < length * length / 7
+    q, k, v = draw(1, 1, length)
+    assert (attend(q, k, v, span) - reference(q, k, v, span)).abs().max() < 1e-12
+
+
 # Refusals
+
+
+def test_more_queries_than_keys() -> None:
+    q, k, v = draw(1, 1, 8)
+    with pytest.raises(UnsupportedSpan, match="8 queries have only 4 keys"):
+        attend(q, k[:, :, :4], v[:, :, :4], Window(3))
+    with pytest.raises(UnsupportedSpan, match="shapes do not fit"):
+        attend(q[0, 0], k, v, Full())
 
 
 @pytest.mark.parametrize(
@@ -444,8 +463,8 @@ def test_keys_that_the_cache_has_dropped() -> None:
         attend(q[:, :, 16:], k[:, :, 12:], v[:, :, 12:], Window(8), segments=Segments(16, 4))
     with pytest.raises(UnsupportedSpan, match="full needs keys from position 0"):
         attend(q[:, :, 16:], k[:, :, 12:], v[:, :, 12:], Full(), segments=Segments(16, 4))
-    with pytest.raises(UnsupportedSpan, match="3 keys cannot hold 2 sinks"):
-        attend(q[:, :, 16:], k[:, :, :3], v[:, :, :3], Window(8, sinks=2), segments=Segments(16, 4))
+    with pytest.raises(UnsupportedSpan, match="5 keys are not 2 sinks and a run up to token 20"):
+        attend(q[:, :, 16:], k[:, :, :5], v[:, :, :5], Window(8, sinks=2), segments=Segments(16, 4))
 
 
 def test_unsupported_span_is_a_value_error() -> None:

@@ -27,8 +27,9 @@ def attend(
 
     Args:
         q: `[batch, heads, queries, dim]`.
-        k, v: `[batch, kv_heads, keys, dim]`, kv_heads dividing heads: all tokens so far, the queries' own last;
-            or, where a bounded cache dropped some, the span's sinks followed by a run that ends with the queries.
+        k, v: `[batch, kv_heads, keys, dim]`, kv_heads dividing heads: all tokens so far, the queries' own last
+            (behind them only where `segments` says that the queries stand earlier); or, where a bounded cache
+            dropped some, the span's sinks followed by a run that ends with the queries.
         scale: factor of the scores, default dim ** -0.5.
         segments: documents and padding (`Segments.of`); default one document per row that ends with the queries.
         dropout: probability with which attention weights are dropped.
@@ -39,9 +40,11 @@ def attend(
     Raises:
         UnsupportedSpan: shapes or documents that do not fit, keys that the span needs and the cache has dropped.
     """
+    _check_shapes(q, k, v)
     segments = segments or Segments(seen=k.shape[2] - q.shape[2], new=q.shape[2])
-    first, held = _held(q, k, v, span, segments)
-    k, v = k[:, :, :held], v[:, :, :held]
+    first = _first_held(q, k, span, segments)
+    if first == 0:  # keys behind the last query are no token's: unused places of a preallocated buffer
+        k, v = k[:, :, : segments.seen + segments.new], v[:, :, : segments.seen + segments.new]
     if segments.pieces is None:
         _check_held(span, segments.seen, first)
         return Document(q, k, v, span, segments.seen, first, scale, dropout).attend()
@@ -53,28 +56,33 @@ def attend(
     return _apart(q, k, v, span, segments, first, scale, dropout)
 
 
-def _held(q: Tensor, k: Tensor, v: Tensor, span: Span, segments: Segments) -> tuple[int, int]:
-    """First column of the run of keys, and how many keys there are (a static cache has unused ones behind)."""
-    heads, queries, keys, total = q.shape[1], q.shape[2], k.shape[2], segments.seen + segments.new
-    if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    four = q.ndim == k.ndim == v.ndim == 4
+    if not four or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise UnsupportedSpan(f"shapes do not fit: {shapes}; expected [batch, heads, tokens, dim]")
-    if heads % k.shape[1]:
-        raise UnsupportedSpan(f"{heads} query heads are not a multiple of {k.shape[1]} key heads")
+    if q.shape[1] % k.shape[1]:
+        raise UnsupportedSpan(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if q.shape[2] < 1:
+        raise UnsupportedSpan("attention needs at least one query")
+    if q.shape[2] > k.shape[2]:
+        raise UnsupportedSpan(f"{q.shape[2]} queries have only {k.shape[2]} keys: every query needs its own key")
+
+
+def _first_held(q: Tensor, k: Tensor, span: Span, segments: Segments) -> int:
+    """First column of the run of keys; the sinks stand before it where this is not 0."""
+    queries, keys, total = q.shape[2], k.shape[2], segments.seen + segments.new
     if queries != segments.new or segments.batch_rows not in (None, q.shape[0]):
         raise UnsupportedSpan(
             f"documents were given for {segments.batch_rows or 'any'} rows of {segments.new} new tokens, "
             f"q has {q.shape[0]} rows of {queries}"
         )
-    if queries < 1:
-        raise UnsupportedSpan("attention needs at least one query")
+    first = total + span.sinks - keys
     if keys >= total:
-        return 0, total
-    sinks = span.sinks
-    first = total + sinks - keys
-    if first <= sinks or keys < sinks + queries:
-        raise UnsupportedSpan(f"{keys} keys cannot hold {sinks} sinks and a run up to token {total} for {span}")
-    return first, keys
+        return 0
+    if first <= span.sinks or keys < span.sinks + queries:
+        raise UnsupportedSpan(f"{keys} keys are not {span.sinks} sinks and a run up to token {total} ({span})")
+    return first
 
 
 def _check_held(span: Span, query: int, first: int) -> None:

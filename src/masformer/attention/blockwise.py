@@ -10,6 +10,7 @@ computed apart, densely over the few keys that it sees.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .reference import visible
 LEAST_CHUNK = 64
 """Chunks are not shorter than this: tiny spans would make too many tiny products."""
 MOST_CHUNK = 512
-"""Chunks of a wide window are not longer than this: it bounds the mask."""
+"""Queries under one mask are not more than this: the mask of a wide span stays small beside its keys."""
 
 FEW_TOKENS = 256
 """Up to so many tokens with no more than one whole chunk among them go in one call: three would be slower."""
@@ -33,12 +34,13 @@ def sdpa(
 ) -> Tensor:
     """torch's attention with fewer key heads than query heads allowed.
 
-    Keys are repeated unless the kernel takes them as they are: on CUDA `enable_gqa` with a mask falls back to
-    the slow kernel (transformers does the same, integrations/sdpa_attention.py), and on the CPU torch repeats
-    them itself, but adds up the gradients of the repeats in bfloat16. Local attention does better: see `grouped`.
+    Keys are repeated where a mask is given, since `enable_gqa` falls back to the slow kernel there on CUDA
+    (transformers does the same, integrations/sdpa_attention.py), and where gradients are to be taken in half
+    precision on the CPU, since torch adds them up over the heads in bfloat16. Local attention does better: `grouped`.
     """
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and (mask is not None or q.device.type == "cpu"):
+    rounded = q.requires_grad and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    if groups > 1 and (mask is not None or rounded):
         k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
         groups = 1
     return F.scaled_dot_product_attention(
@@ -169,7 +171,7 @@ class Document:
 
     def attend(self) -> Tensor:
         """`[batch, heads, queries, value dim]`."""
-        if self.span.start(self.end - 1) == 0:
+        if self.span.start(self.end - 1) <= self.span.sinks:
             return self._everything()
         parts = self._parts()
         keys = Take.apply(self.k, self.span.sinks, parts)
@@ -195,10 +197,11 @@ class Document:
         chunks = (self.end - body) // chunk
         if chunks <= 1 and self.end - self.start <= FEW_TOKENS:
             return (self._run(self.start, self.end),)
+        if chunk > MOST_CHUNK and (reach or self.span.sinks):  # one chunk alone is enough work, its mask too large
+            return self._runs(self.start, self.end)
         tail = body + chunks * chunk
-        head, rest = self._run(self.start, body), self._run(tail, self.end)
-        parts = (head, self._chunks(body, chunks, chunk, reach), rest)
-        return tuple(part for part in parts if part.low < part.high)
+        folded = (self._chunks(body, chunks, chunk, reach),) if chunks else ()
+        return (*self._runs(self.start, body), *folded, *self._runs(tail, self.end))
 
     def _body_start(self, chunk: int, reach: int) -> int:
         """The first query from which whole chunks see `reach` keys that are held and are not sinks."""
@@ -215,6 +218,20 @@ class Document:
         begin = begin if begin > self.span.sinks else 0
         return Part(low, high, 1, begin, self._index(begin), self._index(high), bool(begin and self.span.sinks))
 
+    def _runs(self, low: int, high: int) -> tuple[Part, ...]:
+        """Queries low to high - 1: as one run where that needs no mask, else in runs that keep it small."""
+        if low >= high:
+            return ()
+        if self._is_causal(run := self._run(low, high)):
+            return (run,)
+        edges = [*range(low, high, MOST_CHUNK), high]
+        return tuple(self._run(*edge) for edge in itertools.pairwise(edges))
+
+    def _is_causal(self, part: Part) -> bool:
+        """Whether each query of the part sees all of its keys up to its own, and the part has no others."""
+        start = self.span.start(part.low + part.width - 1)
+        return not part.sinks and part.begin == part.low and start <= (part.begin or self.span.sinks)
+
     def _chunks(self, low: int, chunks: int, chunk: int, reach: int) -> Part:
         """`chunks` whole chunks from query low on, each with `reach` keys before it."""
         high = low + chunks * chunk
@@ -224,8 +241,7 @@ class Document:
         batch, width = self.q.shape[0], part.width
         q = self.q[:, :, part.low - self.start : part.high - self.start]
         q = q.unflatten(2, (part.chunks, width)).transpose(1, 2).flatten(0, 1)
-        causal = not part.sinks and part.begin == part.low == self.span.start(part.low + width - 1)
-        if causal or width == part.chunks == 1:  # a single query sees all the keys that were taken
+        if self._is_causal(part) or width == part.chunks == 1:  # a single query sees all the keys that were taken
             out = sdpa(q, k, v, mask=None, causal=width > 1, scale=self.scale, dropout=self.dropout)
         else:
             out = grouped(q, k, v, mask=self._mask(part, k.shape[2]), scale=self.scale, dropout=self.dropout)

@@ -125,6 +125,8 @@ class Segments:
             UnsupportedSpan: if that would take back the start of a document.
         """
         length = self.seen + self.new - tokens
+        if length < 0:
+            raise UnsupportedSpan(f"cannot take back {tokens} tokens: only {self.seen + self.new} are held")
         position = None if self.position is None else self.position - tokens
         if self.rows is None:
             return Segments(length, 0, position=position)

@@ -10,19 +10,19 @@ logits of a whole document held at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..models.selfcheck import evaluating
 
 AFTER_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 """Config fields of families that change the logits after the head, which `token_losses` would leave out."""
@@ -132,7 +132,7 @@ def loss_by_position(
         raise InputError(f"the edges of position buckets must increase, from 1 or more, got {edges}")
     counts, sums = [0] * (len(edges) - 1), [0.0] * (len(edges) - 1)
     tokens, nats = 0, 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for number, ids in enumerate(documents):
             losses = token_losses(model, ids[None].to(model.device))[0].double().cpu()
             if not bool(losses.isfinite().all()):
@@ -166,14 +166,3 @@ def _check_documents(model: PreTrainedModel, documents: Sequence[Tensor]) -> Non
             raise InputError(f"document {number} has {len(ids)} tokens: a loss needs at least 2")
         if most is not None and len(ids) > most:
             raise InputError(f"document {number} has {len(ids)} tokens, the model has {most} positions: cut it first")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -49,7 +49,10 @@ class SpanLayer(DynamicLayer):
         """Add new keys and values `[batch, kv_heads, new, dim]`; return what `attend` needs for them."""
         segments, new = self.timeline.segments, key_states.shape[2]
         if segments is None or (segments.seen, segments.new) != (self.seen, new):
-            raise UnsupportedSpan("this cache belongs to a converted model: it cannot be used by another one")
+            raise UnsupportedSpan(
+                "this cache is out of step with the model: it belongs to a converted model, or a forward with it "
+                "failed half-way; start with a new one"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.keys.numel() > 0

@@ -23,6 +23,9 @@ from .config import MasformerConfig
 from .convert import NAME, convert
 from .families import family_of, native_plan
 
+OUTPUT_SETTINGS = ("output_hidden_states", "output_attentions", "return_dict")
+"""Fields that every config has and the auto class sets on ours."""
+
 
 class MasformerForCausalLM(PreTrainedModel):
     """What transformers' auto class calls for model type `masformer`: loads the parent and converts it."""
@@ -44,6 +47,11 @@ class MasformerForCausalLM(PreTrainedModel):
         want_info = kwargs.pop("output_loading_info", False)
         parent, plan = config.parent_config(), config.span_plan()
         family_of(parent)
+        # Settings for the parent's config come as keywords, or in our config, where the auto class puts those it knows.
+        settings = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(parent, name) and name != "dtype"}
+        settings |= {name: getattr(config, name) for name in OUTPUT_SETTINGS if name not in settings}
+        for name, value in settings.items():
+            setattr(parent, name, value)
         model, info = _load_strictly(_class_of(parent), pretrained_model_name_or_path, parent, kwargs)
         convert(model, plan, check=False)
         return (model, info) if want_info else model

@@ -70,6 +70,13 @@ AttentionInterface.register(NAME, span_attention)
 AttentionMaskInterface.register(NAME, no_mask)
 
 
+def _refuse_unknown_documents(kwargs: dict[str, Any]) -> None:
+    """Borders of packed documents reach us by `position_ids` only."""
+    given = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if kwargs.get(name) is not None]
+    if given and kwargs.get("position_ids") is None:
+        raise UnsupportedSpan(f"{given[0]} without position_ids: packed documents are told apart by position_ids")
+
+
 class SpanDecoder:
     """In front of a decoder's class: documents, padding and cache are settled once, before the layers run."""
 
@@ -84,6 +91,9 @@ class SpanDecoder:
             )
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise UnsupportedSpan("output_attentions: local attention does not make attention weights over all pairs")
+        _refuse_unknown_documents(kwargs)
+        if kwargs.get("is_causal", True) is False or getattr(self.config, "is_causal", True) is False:
+            raise UnsupportedSpan("is_causal=False: spans are causal, a query never sees what comes after it")
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return forward(**kwargs)  # which says what is missing
@@ -101,6 +111,8 @@ class SpanDecoder:
         plan = spans_on(self)
         use_cache = kwargs.get("use_cache")
         wanted = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
+        if self.training and use_cache is None:  # nobody asked: training holds no keys beyond the layer that runs
+            wanted = kwargs["use_cache"] = False
         if self.training and getattr(self, "gradient_checkpointing", False):
             if kwargs.get("past_key_values") is not None:
                 raise UnsupportedSpan("a cache cannot be used with gradient checkpointing: pass use_cache=False")
@@ -179,6 +191,13 @@ def convert(model: PreTrainedModel, plan: SpanPlan, *, check: bool = True) -> Pr
         raise InputError(f"{type(model).__name__} is not a causal language model of transformers")
     family_of(model.config)
     check_length(plan, model.config)
+    if getattr(model.config, "is_causal", True) is False:
+        raise InputError("the model's config says is_causal=False: spans are causal")
+    if "forward" in vars(model.base_model):
+        raise InputError(
+            "the decoder's forward was replaced on this object (as a device_map over several devices does): "
+            "convert the model first"
+        )
     before = plan_of(model) if is_converted(model) else None
     for module, span in zip(attention_modules(model), plan, strict=True):
         module.span = span  # type: ignore[assignment]
@@ -207,6 +226,9 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_converted(model):
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to restore")
+    for part in (model.base_model, model):
+        if type(part).__bases__[0] not in (SpanDecoder, SpanModel):
+            raise InputError(f"another library has changed the class of {type(part).__name__}: undo that first")
     for module in attention_modules(model):
         del module.span
     model.config._attn_implementation = model._attention_before  # type: ignore[assignment]

@@ -1,0 +1,97 @@
+"""Settings that a converted model would otherwise take and not follow, and those that it must follow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from masformer.attention import UnsupportedSpan
+from masformer.errors import InputError
+from masformer.models.cache import SpanCache
+from masformer.models.convert import convert, is_converted, restore
+from masformer.models.selfcheck import selfcheck
+
+from .helpers import MIXED, logits, tiny, tokens
+
+
+def test_attention_in_both_directions() -> None:
+    model = convert(tiny(), MIXED)
+    with pytest.raises(UnsupportedSpan, match="is_causal"):
+        model(tokens(8), is_causal=False)
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedSpan, match="is_causal"):
+        model(tokens(8))
+    with pytest.raises(InputError, match="is_causal"):
+        convert(tiny(is_causal=False), MIXED)
+
+
+def test_packed_documents_told_apart_by_lengths_alone() -> None:
+    model = convert(tiny(), MIXED)
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with pytest.raises(UnsupportedSpan, match="cu_seq_lens_q without position_ids"):
+        model(tokens(12), cu_seq_lens_q=borders, cu_seq_lens_k=borders, use_cache=False)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = model(tokens(12), cu_seq_lens_q=borders, cu_seq_lens_k=borders, position_ids=positions, use_cache=False)
+    assert torch.equal(packed.logits, model(tokens(12), position_ids=positions, use_cache=False).logits)
+
+
+def test_more_is_not_taken_back_than_is_held() -> None:
+    model = convert(tiny(), MIXED)
+    cache = SpanCache(MIXED)
+    cache.activate_past_recording()
+    model(tokens(20), past_key_values=cache)
+    with pytest.raises(UnsupportedSpan, match="only 20 are held"):
+        cache.crop(-30)
+    assert cache.get_seq_length() == 20
+
+
+def test_training_keeps_no_cache_unless_it_is_asked_for() -> None:
+    model = convert(tiny(), MIXED).train()
+    assert model(tokens(12)).past_key_values is None
+    assert isinstance(model(tokens(12), use_cache=True).past_key_values, SpanCache)
+    assert isinstance(model.eval()(tokens(12)).past_key_values, SpanCache)
+
+
+def test_a_forward_replaced_on_the_object() -> None:
+    model = tiny()
+    model.model.forward = model.model.forward
+    with pytest.raises(InputError, match="convert the model first"):
+        convert(model, MIXED)
+    assert not is_converted(model)
+
+
+def test_a_class_that_another_library_changed_on_top() -> None:
+    model = convert(tiny(), MIXED)
+    ours = type(model)
+    model.__class__ = type("Sharded", (ours,), {})
+    with pytest.raises(InputError, match="another library"):
+        restore(model)
+    expected = logits(model, tokens(9))
+    model.__class__ = ours
+    assert torch.equal(logits(model, tokens(9)), expected)
+    restore(model)
+
+
+def test_settings_given_at_load_reach_the_parent(tmp_path: Path) -> None:
+    convert(tiny(), MIXED).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, output_hidden_states=True, attention_dropout=0.25)
+    assert model.config.attention_dropout == 0.25
+    assert len(model(tokens(6)).hidden_states) == 5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, use_cache=False)(tokens(6)).past_key_values is None
+
+
+def test_layers_without_output_pass_the_selfcheck() -> None:
+    """Depth up-scaling adds layers whose output projection is zero."""
+    model = tiny()
+    nn.init.zeros_(model.model.layers[1].self_attn.o_proj.weight)
+    selfcheck(convert(model, MIXED, check=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_that_drifts_passes_the_selfcheck(dtype: torch.dtype) -> None:
+    """Large weights let rounding grow over the layers, as in pretrained models, until logits say nothing."""
+    model = tiny(dtype=dtype, initializer_range=1.0, num_hidden_layers=16)
+    plan = type(MIXED)(MIXED.spans * 4)
+    selfcheck(convert(model, plan, check=False))
