@@ -68,5 +68,5 @@ def test_needle_is_asked_under_the_plan_that_is_named(fetched, monkeypatch):
         demo, "recall", lambda model, item: seen.append(plan_of(model)) or Recall(item.depth, True, -1.0)
     )
     demo.run(fetched / "out", device="cpu", say=lambda line: None)
-    items = 2 * len(demo.DEPTHS)
+    items = demo.FILLERS * len(demo.DEPTHS)
     assert seen == [plan for plan in demo.plans(30).values() for _ in range(items)]

@@ -4,7 +4,7 @@
     def command(model: str, flags: PlanFlags) -> None:
         plan = flags.plan_for(layers, own)
 
-Loads neither torch nor transformers, so that help and mistyped flags are answered at once.
+Needs neither torch nor transformers: mistyped flags are refused before a model is looked at.
 """
 
 from __future__ import annotations

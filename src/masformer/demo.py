@@ -36,6 +36,8 @@ LENGTH = 4096
 DOCUMENTS = 3
 NEEDLE_LENGTH = 2048
 """Tokens of the passkey items."""
+FILLERS = 3
+"""Speeches, the newest, in which a passkey is hidden at every depth."""
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIRST_YEAR = 2001
 """Only speeches from here on, the longest and the newest."""
@@ -131,7 +133,7 @@ class _Job:
 
     def _once(self, what: str, plan: SpanPlan, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Measure under a plan, or take what an earlier run measured on the same things."""
-        settings = (LENGTH, NEEDLE_LENGTH, DOCUMENTS, DEPTHS, FIRST_YEAR, NEW_TOKENS)
+        settings = (LENGTH, NEEDLE_LENGTH, DOCUMENTS, FILLERS, DEPTHS, FIRST_YEAR, NEW_TOKENS)
         basis = (what, str(plan), self.device, torch.__version__, settings, self.code)
         name = f"{what}-{hashlib.sha256(repr(basis).encode()).hexdigest()[:16]}.json"
         file = self.measured / name
@@ -164,7 +166,7 @@ class _Job:
         return {**loss.to_json(), "documents": cut.names, "seconds": seconds, "words": words}
 
     def _needle(self) -> dict[str, Any]:
-        fillers = [speech.text for speech in self.speeches[-2:]]
+        fillers = [speech.text for speech in self.speeches[-FILLERS:]]
         items = passkeys(self.tokenizer, fillers, NEEDLE_LENGTH, DEPTHS, seed=0)
         scores = [recall(self.model, item) for item in items]
         found = sum(score.found for score in scores)
