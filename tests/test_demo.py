@@ -46,6 +46,9 @@ def test_demo_shows_every_plan_and_measures_once(fetched, monkeypatch):
     for part in ("plans", "loss", "needle", "cost"):
         assert list(results[part]) == names
     assert results == json.loads((fetched / "out" / "results.json").read_text())
+    said_lines = "\n".join(said)
+    assert "256 to 511" in said_lines
+    assert "KV held, MB" in said_lines
     page = (fetched / "out" / "index.html").read_text()
     assert all(name in page and any(name in line for line in said) for name in names)
     assert results["text"][demo.MEASURED]["kv_bytes"] < results["text"][demo.PARENT]["kv_bytes"]

@@ -101,6 +101,7 @@ class _Job:
         self.say(f"  converted to {self.layouts[MEASURED]}, self-check passed in {check['seconds']:.1f} s")
         self.say(f"3/5 loss by position, {DOCUMENTS} speeches of {LENGTH:,} tokens")
         losses = self._each("loss", self._loss)
+        self.say(demo_page.loss_lines(losses))
         self.say(f"4/5 a passkey hidden in a speech, {NEEDLE_LENGTH:,} tokens")
         needles = self._each("needle", self._needle)
         self.say("5/5 generation")
@@ -110,6 +111,8 @@ class _Job:
                 f"  {name:20} {text['tokens_per_second']:6.1f} tokens/s, KV cache {text['kv_bytes'] / 1e6:6.1f} MB"
             )
         shape = shape_of(self.model.config, kv_dtype_bytes=self.model.dtype.itemsize)
+        costs = {name: cost(shape, plan, LENGTH).to_json() for name, plan in self.layouts.items()}
+        self.say(f"  cost of one document of {LENGTH:,} tokens\n{demo_page.cost_lines(costs)}")
         return {
             "model": self.model_folder.name,
             "device": self.device,
@@ -121,7 +124,7 @@ class _Job:
             "loss": losses,
             "needle": needles,
             "text": texts,
-            "cost": {name: cost(shape, plan, LENGTH).to_json() for name, plan in self.layouts.items()},
+            "cost": costs,
         }
 
     def _each(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, dict[str, Any]]:

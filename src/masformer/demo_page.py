@@ -111,28 +111,51 @@ def _needle(results: dict[str, Any]) -> Section:
         ],
         tables=[
             Table(
-                ["plan", *(f"depth {depth}" for depth in depths), "all", "log-probability"],
+                ["plan", *(f"{depth}" for depth in depths), "all", "log p"],
                 rows,
-                "Passkeys found, and the mean log-probability of the key in nats",
+                "Passkeys found by depth, and log p, the mean log-probability of the key in nats",
             )
         ],
     )
 
 
+COSTS = ["M pairs", "training TFLOP", "prefill TFLOP", "KV held, MB", "KV peak, MB"]
+
+
+def _cost_row(cost: dict[str, Any]) -> list[str]:
+    """The numbers under `COSTS` of one plan."""
+    return [
+        f"{cost['attention_pairs'] / 1e6:,.0f}",
+        f"{cost['training_flops']['total'] / 1e12:.2f}",
+        f"{cost['prefill_flops']['total'] / 1e12:.2f}",
+        f"{cost['kv_bytes_held'] / MB:.1f}",
+        f"{cost['prefill_kv_peak'] / MB:.1f}",
+    ]
+
+
+def cost_lines(costs: dict[str, Any]) -> str:
+    """The cost table for the terminal."""
+    return _lines([["", *COSTS], *([name, *_cost_row(cost)] for name, cost in costs.items())])
+
+
+def loss_lines(losses: dict[str, Any]) -> str:
+    """Loss by position for the terminal, from position 16 on: before, no plan differs from the parent."""
+    buckets = zip(*(loss["buckets"] for loss in losses.values()), strict=True)
+    rows = [
+        [f"{row[0]['low']:,} to {row[0]['high'] - 1:,}", *(f"{b['nats_per_token']:.3f}" for b in row)]
+        for row in buckets
+        if row[0]["low"] >= 16
+    ]
+    return _lines([["position", *losses], *rows])
+
+
+def _lines(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  " + "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+
+
 def _cost(results: dict[str, Any]) -> Section:
     cost = results["cost"]
-    rows = [
-        [
-            name,
-            f"{c['attention_pairs'] / 1e6:,.0f}",
-            f"{c['training_flops']['total'] / 1e12:.2f}",
-            f"{c['prefill_flops']['total'] / 1e12:.2f}",
-            f"{c['kv_bytes_held'] / MB:.1f}",
-            f"{c['prefill_kv_peak'] / MB:.1f}",
-        ]
-        for name, c in cost.items()
-    ]
-    headers = ["plan", "M pairs", "training TFLOP", "prefill TFLOP", "KV held, MB", "KV peak, MB"]
     held = {"KV held": [c["kv_bytes_held"] / MB for c in cost.values()]}
     return Section(
         "Cost",
@@ -140,7 +163,7 @@ def _cost(results: dict[str, Any]) -> Section:
             f"Counted for one document of {results['length']:,} tokens; attention is only a part of the FLOPs. KV held "
             "is what the cache keeps afterwards, KV peak the most that is alive during a prefill in one go."
         ],
-        tables=[Table(headers, rows, "What each plan costs")],
+        tables=[Table(["plan", *COSTS], [[name, *_cost_row(c)] for name, c in cost.items()], "What each plan costs")],
         figures=[Figure("KV cache held by each plan, as in the table", svg=bars(list(cost), held, "MB"))],
     )
 

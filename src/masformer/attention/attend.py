@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,10 @@ def attend(
         return Document(q, k, v, span, segments.seen, first, scale, dropout).attend()
     for piece in segments.pieces:
         _check_held(span, piece.first - piece.begin, first - piece.begin)
+    batch = _Batch(q, k, v, span, segments, segments.pieces, first, scale, dropout)
     rows = [piece.row for piece in segments.pieces]
-    if segments.new <= FEW_QUERIES and len(rows) == len(set(rows)):
-        return _together(q, k, v, span, segments, first, scale, dropout)
-    return _apart(q, k, v, span, segments, first, scale, dropout)
+    few = segments.new <= FEW_QUERIES and len(rows) == len(set(rows))
+    return batch.together() if few else batch.apart()
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -93,96 +95,83 @@ def _check_held(span: Span, query: int, first: int) -> None:
         raise UnsupportedSpan(f"{span} needs keys from position {needed}, the cache holds them from {first} on")
 
 
-def _together(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: Span,
-    segments: Segments,
-    first: int,
-    scale: float | None,
-    dropout: float,
-) -> Tensor:
-    """All rows at once under a mask `[batch, 1, queries, keys]`: for a few queries of one document per row.
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Rows that differ in their documents or padding. `first`: column where the run of keys begins."""
 
-    Keys outside the row's document are cleared as well: NaN or infinity there would get through a mask.
-    """
-    sinks = span.sinks if first else 0
-    begins = segments.begins(q.device)
-    real = begins >= 0
-    query = torch.arange(segments.seen, segments.seen + segments.new, device=q.device)
-    begins = torch.where(real, begins, query)[:, :, None]
-    column = torch.arange(first, segments.seen + segments.new, device=q.device)
-    position = query[:, None] - begins
-    key_position = column - begins
-    mask = (key_position >= 0) & (key_position <= position)
-    mask &= (key_position >= span.unclamped_start(position)) | (key_position < span.sinks)
-    if sinks:  # a slot holds a sink only once the run has dropped it
-        dropped = begins + torch.arange(sinks, device=q.device) < first
-        mask = torch.cat([dropped, mask], dim=2)
-    of_document = mask.any(1)[:, None, :, None]
-    k, v = k.masked_fill(~of_document, 0.0), v.masked_fill(~of_document, 0.0)
-    out = sdpa(q, k, v, mask=mask[:, None], causal=False, scale=scale, dropout=dropout)
-    return out.masked_fill(~real[:, None, :, None], 0.0)
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    span: Span
+    segments: Segments
+    pieces: tuple[Piece, ...]
+    first: int
+    scale: float | None
+    dropout: float
 
+    @property
+    def slots(self) -> int:
+        """How many places for sinks stand before the run."""
+        return self.span.sinks if self.first else 0
 
-def _apart(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: Span,
-    segments: Segments,
-    first: int,
-    scale: float | None,
-    dropout: float,
-) -> Tensor:
-    """Document by document, so that no value of a neighbour is ever touched."""
-    rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
-    ends = [segments.seen] * q.shape[0]
+    def together(self) -> Tensor:
+        """All rows at once under a mask `[batch, 1, queries, keys]`: for a few queries of one document per row.
 
-    def pad(row: int, column: int) -> None:
-        if column > ends[row]:
-            rows[row].append(q.new_zeros(1, q.shape[1], column - ends[row], v.shape[3]))
+        Keys outside the row's document are cleared as well: NaN or infinity there would get through a mask.
+        """
+        device, seen, new = self.q.device, self.segments.seen, self.segments.new
+        begins = self.segments.begins(device)
+        real = begins >= 0
+        query = torch.arange(seen, seen + new, device=device)
+        begins = torch.where(real, begins, query)[:, :, None]
+        key_position = torch.arange(self.first, seen + new, device=device) - begins
+        position = query[:, None] - begins
+        mask = (key_position >= 0) & (key_position <= position)
+        mask &= (key_position >= self.span.unclamped_start(position)) | (key_position < self.span.sinks)
+        if self.slots:  # a place holds a sink only once the run has dropped it
+            dropped = begins + torch.arange(self.slots, device=device) < self.first
+            mask = torch.cat([dropped, mask], dim=2)
+        unseen = ~mask.any(1)[:, None, :, None]
+        k, v = self.k.masked_fill(unseen, 0.0), self.v.masked_fill(unseen, 0.0)
+        out = sdpa(self.q, k, v, mask=mask[:, None], causal=False, scale=self.scale, dropout=self.dropout)
+        return out.masked_fill(~real[:, None, :, None], 0.0)
 
-    assert segments.pieces is not None
-    for piece in segments.pieces:
-        pad(piece.row, piece.first)
-        rows[piece.row].append(_document(q, k, v, span, segments.seen, first, piece, scale, dropout).attend())
-        ends[piece.row] = piece.stop
-    for row in range(q.shape[0]):
-        pad(row, segments.seen + segments.new)
-    return torch.cat([torch.cat(parts, dim=2) for parts in rows])
+    def apart(self) -> Tensor:
+        """Document by document, so that no value of a neighbour is ever touched."""
+        seen, end = self.segments.seen, self.segments.seen + self.segments.new
+        parts: list[list[Tensor]] = [[] for _ in range(self.q.shape[0])]
+        ends = [seen] * len(parts)
 
+        def pad(row: int, column: int) -> None:
+            if column > ends[row]:
+                parts[row].append(self.q.new_zeros(1, self.q.shape[1], column - ends[row], self.v.shape[3]))
 
-def _document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: Span,
-    seen: int,
-    first: int,
-    piece: Piece,
-    scale: float | None,
-    dropout: float,
-) -> Document:
-    """One row's document with its own positions; keys of other documents are cut away."""
-    row = slice(piece.row, piece.row + 1)
-    sinks = span.sinks if first else 0
-    dropped = max(0, first - piece.begin)  # how many of the document's first keys the run lacks
-    begin = max(first, piece.begin)
-    slots = min(sinks, dropped)
+        for piece in self.pieces:
+            pad(piece.row, piece.first)
+            parts[piece.row].append(self._document(piece).attend())
+            ends[piece.row] = piece.stop
+        for row in range(len(parts)):
+            pad(row, end)
+        return torch.cat([torch.cat(row, dim=2) for row in parts])
 
-    def keys(x: Tensor) -> Tensor:
-        run = x[row, :, sinks + begin - first : sinks + piece.stop - first]
-        return torch.cat([x[row, :, :slots], run], dim=2) if slots else run
+    def _document(self, piece: Piece) -> Document:
+        """One row's document with its own positions; keys of other documents are cut away."""
+        row = slice(piece.row, piece.row + 1)
+        dropped = max(0, self.first - piece.begin)  # how many of the document's first keys the run lacks
+        shift = self.slots - self.first
+        sinks = min(self.slots, dropped)
 
-    return Document(
-        q[row, :, piece.first - seen : piece.stop - seen],
-        keys(k),
-        keys(v),
-        span,
-        piece.first - piece.begin,
-        dropped if dropped > sinks else 0,
-        scale,
-        dropout,
-    )
+        def keys(x: Tensor) -> Tensor:
+            run = x[row, :, max(self.first, piece.begin) + shift : piece.stop + shift]
+            return torch.cat([x[row, :, :sinks], run], dim=2) if sinks else run
+
+        return Document(
+            self.q[row, :, piece.first - self.segments.seen : piece.stop - self.segments.seen],
+            keys(self.k),
+            keys(self.v),
+            self.span,
+            piece.first - piece.begin,
+            dropped if dropped > self.slots else 0,
+            self.scale,
+            self.dropout,
+        )
