@@ -143,10 +143,12 @@ def _pairs(chosen: SpanPlan, length: int) -> dict[str, Any]:
 def _costed(
     model: str, flags: PlanFlags, length: int | None
 ) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
+    from .evaluation.texts import quiet
     from .models.checkpoint import load_config
     from .models.families import native_plan, shape_of
     from .report.picture import default_length
 
+    quiet()
     config, own = load_config(model)
     chosen, parent = flags.plan_for(len(own), own), native_plan(config)
     most = getattr(config, "max_position_embeddings", None)

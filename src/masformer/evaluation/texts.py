@@ -27,8 +27,9 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "sentencepie
 
 
 def quiet() -> None:
-    """Turn off transformers' own progress bars and warnings in this process."""
+    """Turn off transformers' own progress bars and warnings, and the hub's lines on retries, in this process."""
     transformers_logging.set_verbosity(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
 
 
