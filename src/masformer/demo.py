@@ -29,6 +29,7 @@ from .evaluation.texts import cut_documents, load_tokenizer
 from .models.checkpoint import load
 from .models.convert import applied, is_converted, plan_of
 from .models.families import shape_of
+from .models.selfcheck import selfcheck
 from .spans import SpanPlan, Window, cost, layout
 
 LENGTH = 4096
@@ -154,8 +155,6 @@ class _Job:
         return result
 
     def _check(self) -> dict[str, Any]:
-        from .models.selfcheck import selfcheck
-
         started = time.perf_counter()
         selfcheck(self.model)
         return {"seconds": time.perf_counter() - started, "converted": is_converted(self.model)}

@@ -82,6 +82,15 @@ def test_settings_given_at_load_reach_the_parent(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path, use_cache=False)(tokens(6)).past_key_values is None
 
 
+def test_settings_saved_with_the_parent_are_kept(tmp_path: Path) -> None:
+    model = convert(tiny(), MIXED)
+    model.config.output_hidden_states = True
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.output_hidden_states is True
+    assert len(loaded(tokens(6)).hidden_states) == 5
+
+
 def test_layers_without_output_pass_the_selfcheck() -> None:
     """Depth up-scaling adds layers whose output projection is zero."""
     model = tiny()

@@ -47,9 +47,12 @@ class MasformerForCausalLM(PreTrainedModel):
         want_info = kwargs.pop("output_loading_info", False)
         parent, plan = config.parent_config(), config.span_plan()
         family_of(parent)
-        # Settings for the parent's config come as keywords, or in our config, where the auto class puts those it knows.
-        settings = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(parent, name) and name != "dtype"}
-        settings |= {name: getattr(config, name) for name in OUTPUT_SETTINGS if name not in settings}
+        # Settings for the parent's config come as keywords, or in our config, where the auto class puts those it knows;
+        # what nobody set there must not undo what the parent was saved with.
+        unset = MasformerConfig()
+        given = {name: getattr(config, name) for name in OUTPUT_SETTINGS}
+        settings = {name: value for name, value in given.items() if value != getattr(unset, name)}
+        settings |= {name: kwargs.pop(name) for name in list(kwargs) if hasattr(parent, name) and name != "dtype"}
         for name, value in settings.items():
             setattr(parent, name, value)
         model, info = _load_strictly(_class_of(parent), pretrained_model_name_or_path, parent, kwargs)
