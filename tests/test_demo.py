@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from masformer import demo
 from masformer.evaluation.recall import Recall
 from masformer.models.convert import plan_of
-from tests.cli.conftest import TEXT, small_tokenizer
+from tests.small import TEXT, small_llama, small_tokenizer
 
 
 @pytest.fixture
@@ -18,17 +17,7 @@ def fetched(tmp_path, monkeypatch):
     model, speeches = tmp_path / "model", tmp_path / "sotu.jsonl"
     tokenizer = small_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=30,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(model)
+    small_llama(tokenizer, num_hidden_layers=30, num_key_value_heads=1).save_pretrained(model)
     tokenizer.save_pretrained(model)
     lines = [{"id": f"{year}-Nobody-1", "text": TEXT * 60} for year in (1999, 2001, 2002, 2003, 2004)]
     speeches.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -4,18 +4,12 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 from transformers.utils import logging as transformers_logging
 
 from masformer.cli import run
+from tests.small import TEXT, small_llama, small_tokenizer
 
 LAYERS, POSITIONS = 4, 4096
-TEXT = "the quick brown fox jumps over the lazy dog and runs away. "
 LOCAL = ["--layout", "masformer", "--full", "0,2", "--window", "8", "--sinks", "2"]
 PLAN = "full,window:8:sinks=2,full,window:8:sinks=2"
 
@@ -28,38 +22,16 @@ def _loud_again():
     transformers_logging.enable_progress_bar()
 
 
-def small_tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<s>", "<user>", "<bot>"], show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
-    fast.chat_template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<bot>"
-    return fast
-
-
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "parent"
     tokenizer = small_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        bos_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.3,
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = small_llama(
+        tokenizer, **sizes, num_hidden_layers=LAYERS, max_position_embeddings=POSITIONS, initializer_range=0.3
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from masformer.data.tasks import passkeys
 from masformer.errors import InputError
 from masformer.evaluation.recall import recall
-from tests.cli.conftest import TEXT, small_tokenizer
+from tests.small import TEXT, small_llama, small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,7 @@ def test_what_does_not_fit_is_refused(tokenizer):
 
 def model_that_says(tokenizer, answer):
     """A model whose every prediction is the token of `answer` that follows the one at its input."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama(tokenizer)
     following = dict(itertools.pairwise(answer))
 
     def forward(input_ids, logits_to_keep, **kwargs):
@@ -72,14 +68,6 @@ def test_an_oracle_finds_it_and_a_blind_model_does_not(tokenizer):
 
 
 def test_an_item_beyond_the_positions_is_refused(tokenizer):
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-    )
     (item,) = passkeys(tokenizer, [TEXT * 40], 600, [0.5], 0)
     with pytest.raises(InputError, match="600 tokens, the model has 512"):
-        recall(LlamaForCausalLM(config), item)
+        recall(small_llama(tokenizer, max_position_embeddings=512), item)
