@@ -29,9 +29,9 @@ from .cli_output import (
     say,
     write_whole,
 )
-from .cli_plan import PlanFlags, cost_table, in_one_line, in_words, percent, takes_plan
+from .cli_plan import PlanFlags, cost_table, costed, described, in_one_line, in_words, pairs, percent, takes_plan
 from .errors import InputError
-from .spans import Full, PlanCost, SpanPlan, cost, savings
+from .spans import Full, SpanPlan
 
 if TYPE_CHECKING:
     from .data.documents import Document
@@ -44,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or hub id, converted or not.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or GGUF file, converted or not.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")]
@@ -83,7 +83,7 @@ def start(
 @app.command()
 @takes_plan
 def plan(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model folder or hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model folder, hub id or GGUF file.")] = None,
     *,
     flags: PlanFlags,
     layers: Annotated[
@@ -109,11 +109,11 @@ def plan(
             raise UsageError("--layers needs --plan or --layout")
         chosen = flags.plan_for(layers, SpanPlan((Full(),) * layers))
         length = length or default_length(chosen)
-        facts: dict[str, Any] = {"model": None, **_described(chosen, length), **_pairs(chosen, length)}
+        facts: dict[str, Any] = {"model": None, **described(chosen, length), **pairs(chosen, length)}
         costs = None
     else:
         assert model is not None
-        chosen, length, facts, costs = _costed(model, flags, length)
+        chosen, length, facts, costs = costed(model, flags, length)
     if svg is not None:
         write_whole(svg, lambda path: path.write_text(plan_svg(chosen, length=length), encoding="utf-8"))
         facts["svg"] = str(svg)
@@ -131,35 +131,6 @@ def plan(
             print(f"Note: the model itself ends at {facts['max_positions']:,} positions.")
 
 
-def _described(chosen: SpanPlan, length: int) -> dict[str, Any]:
-    return {"plan": str(chosen), "layers": len(chosen), "full_layers": list(chosen.full_layers), "length": length}
-
-
-def _pairs(chosen: SpanPlan, length: int) -> dict[str, Any]:
-    seen, all_of_them = sum(span.visible_pairs(length) for span in chosen), len(chosen) * Full().visible_pairs(length)
-    return {"attention_pairs": seen, "full_attention_pairs": all_of_them, "saved": 1 - seen / all_of_them}
-
-
-def _costed(
-    model: str, flags: PlanFlags, length: int | None
-) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
-    from .evaluation.texts import quiet
-    from .models.checkpoint import load_config
-    from .models.families import native_plan, shape_of
-    from .report.picture import default_length
-
-    quiet()
-    config, own = load_config(model)
-    chosen, parent = flags.plan_for(len(own), own), native_plan(config)
-    most = getattr(config, "max_position_embeddings", None)
-    length = length or most or default_length(chosen)
-    shape = shape_of(config, kv_dtype_bytes=getattr(config.dtype, "itemsize", 2))
-    costs = cost(shape, parent, length), cost(shape, chosen, length)
-    numbers = {"parent": costs[0].to_json(), "planned": costs[1].to_json(), "saved": savings(*costs).to_json()}
-    facts = {"model": model, **_described(chosen, length), "parent_plan": str(parent), "max_positions": most}
-    return chosen, length, {**facts, **numbers, "in_words": in_one_line(*costs)}, costs
-
-
 @app.command()
 @takes_plan
 def convert(
@@ -167,6 +138,12 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; it must be new or empty.")],
     *,
     flags: PlanFlags,
+    max_length: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="Extend the model to so many positions.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="How: theta, linear, dynamic, yarn; learned ones: tile, interpolate.")
+    ] = None,
     device: Device = None,
     json: Json = False,
     debug: Debug = False,
@@ -176,11 +153,15 @@ def convert(
     Example: masformer convert MODEL OUT --layout masformer --full 4 --block 1024
     """
     from .evaluation.texts import has_tokenizer, load_tokenizer, quiet
+    from .models.positions import extend
 
     quiet()
     refuse_used(out)
+    _check_extension(model, max_length, positions)
     loaded, chosen = _load(model, flags, device, check=True)
-    tokenizer = None if Path(model).is_dir() and not has_tokenizer(model) else load_tokenizer(model)
+    if max_length and positions:
+        extend(loaded, max_length, positions)
+    tokenizer = None if Path(model).exists() and not has_tokenizer(model) else load_tokenizer(model)
 
     def write(folder: Path) -> None:
         loaded.save_pretrained(folder)
@@ -198,10 +179,27 @@ def convert(
         print(f"Note: {model} holds no tokenizer, so none was saved.")
 
 
+def _check_extension(model: str, length: int | None, method: str | None) -> None:
+    """Refuse before the weights are read what `extend` would refuse, and a length without a method."""
+    from .models.checkpoint import load_config
+    from .models.positions import METHODS, check_positions, extended_config
+
+    if method is not None and (length is None or method not in METHODS):
+        needs = "needs --max-length" if length is None else f"knows {', '.join(METHODS)}, not {method!r}"
+        raise UsageError(f"--positions {needs}")
+    if length is None:
+        return
+    config, _ = load_config(model)
+    if method is None:
+        check_positions(config, length)
+        raise UsageError(f"--max-length {length} is no more than {model} has: leave it out")
+    extended_config(config, length, method)
+
+
 @app.command("eval")
 @takes_plan
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or hub ids.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders, hub ids or GGUF files.")],
     *,
     flags: PlanFlags,
     data: Annotated[Path, typer.Option(help="A .txt or .jsonl file, or a folder of these.")],
@@ -233,12 +231,11 @@ def evaluate(
 def _cut(model: str, flags: PlanFlags, documents: Sequence[Document], length: int, items: int) -> Cut:
     from .evaluation.texts import cut_documents, load_tokenizer
     from .models.checkpoint import load_config
+    from .models.positions import check_positions
 
     config, own = load_config(model)
     flags.plan_for(len(own), own)
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise InputError(f"--length {length} is more than the {most} positions of {model}")
+    check_positions(config, length)
     cut = cut_documents(load_tokenizer(model), documents, length=length, items=items)
     if cut.short:
         say(f"{model}: {cut.short} documents shorter than {length:,} tokens were skipped (longest: {cut.longest:,})")
@@ -294,16 +291,17 @@ def generate(
     Example: masformer generate MODEL --chat --prompt "What is a long document?" --max-new-tokens 50
     """
     text = _prompt(prompt, prompt_file)
-    from .evaluation.generation import check_positions, generate_text, prompt_ids
+    from .evaluation.generation import generate_text, prompt_ids
     from .evaluation.texts import load_tokenizer, quiet
     from .models.checkpoint import load_config
+    from .models.positions import check_positions
 
     quiet()
     config, own = load_config(model)
     flags.plan_for(len(own), own)
     tokenizer = load_tokenizer(model)
     ids = prompt_ids(tokenizer, text, chat=chat)
-    check_positions(config, ids.shape[1], max_new_tokens)
+    check_positions(config, ids.shape[1] + max_new_tokens)
     loaded, chosen = _load(model, flags, device)
     _seed(seed)
     show = None if json else (lambda piece: print(piece, end="", flush=True))

@@ -20,7 +20,21 @@ import typer
 from rich.table import Table
 
 from .cli_output import UsageError
-from .spans import LAYOUTS, PLACEMENTS, Block, PlanCost, PlanError, Savings, Span, SpanPlan, Window, layout, savings
+from .spans import (
+    LAYOUTS,
+    PLACEMENTS,
+    Block,
+    Full,
+    PlanCost,
+    PlanError,
+    Savings,
+    Span,
+    SpanPlan,
+    Window,
+    cost,
+    layout,
+    savings,
+)
 
 T = TypeVar("T")
 
@@ -203,3 +217,36 @@ def in_one_line(parent: PlanCost, planned: PlanCost) -> str:
     }
     said = ", ".join(f"{words} {-100 * share:+.1f} %" for words, share in changes.items())
     return f"Against the parent at {parent.length:,} tokens: {said}."
+
+
+def described(chosen: SpanPlan, length: int) -> dict[str, Any]:
+    """A plan for `--json`."""
+    return {"plan": str(chosen), "layers": len(chosen), "full_layers": list(chosen.full_layers), "length": length}
+
+
+def pairs(chosen: SpanPlan, length: int) -> dict[str, Any]:
+    """How many pairs of query and key a plan has, and full attention."""
+    seen, all_of_them = sum(span.visible_pairs(length) for span in chosen), len(chosen) * Full().visible_pairs(length)
+    return {"attention_pairs": seen, "full_attention_pairs": all_of_them, "saved": 1 - seen / all_of_them}
+
+
+def costed(
+    model: str, flags: PlanFlags, length: int | None
+) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
+    """Plan, length, facts for `--json`, and what the model costs by itself and with the plan; loads no weights."""
+    from .evaluation.texts import quiet
+    from .models.checkpoint import load_config
+    from .models.families import native_plan, shape_of
+    from .models.positions import max_positions
+    from .report.picture import default_length
+
+    quiet()
+    config, own = load_config(model)
+    chosen, parent = flags.plan_for(len(own), own), native_plan(config)
+    most = max_positions(config)
+    length = length or most or default_length(chosen)
+    shape = shape_of(config, kv_dtype_bytes=getattr(config.dtype, "itemsize", 2))
+    costs = cost(shape, parent, length), cost(shape, chosen, length)
+    numbers = {"parent": costs[0].to_json(), "planned": costs[1].to_json(), "saved": savings(*costs).to_json()}
+    facts = {"model": model, **described(chosen, length), "parent_plan": str(parent), "max_positions": most}
+    return chosen, length, {**facts, **numbers, "in_words": in_one_line(*costs)}, costs

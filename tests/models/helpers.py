@@ -8,27 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from masformer.models.families import attention_modules, class_of
 from masformer.spans import Block, Full, Span, SpanPlan, Window
 
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+FEW = ("llama", "mistral", "qwen2", "qwen3")
+"""Families for the tests that look closer than the matrix of test_families.py, which takes all of them."""
 VOCABULARY = 64
 KV_HEADS, HEAD_DIM = 2, 8
 
@@ -36,30 +23,64 @@ MIXED = SpanPlan((Full(), Block(5), Window(4, sinks=2), Block(3, lookback=1, sin
 FULL = SpanPlan((Full(),) * 4)
 
 
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+ABSENT = object()
+NO_GROUPS = {"num_key_value_heads": ABSENT, "head_dim": ABSENT}
+TYPES = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
+QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+OWN: dict[str, dict[str, Any]] = {
+    "cohere2": TYPES,
+    "exaone4": TYPES,
+    "gemma2": TYPES | {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": TYPES | {"query_pre_attn_scalar": 8},
+    "gpt2": NO_GROUPS | {"intermediate_size": ABSENT, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_neo": NO_GROUPS | {"attention_types": [[["global", "local"], 2]], "window_size": 6},
+    "gpt_neox": NO_GROUPS,
+    "gpt_oss": TYPES | EXPERTS,
+    "granitemoe": EXPERTS | {"head_dim": ABSENT},
+    "ministral": TYPES,
+    "ministral3": {"sliding_window": 6},
+    "mistral": {"sliding_window": None},
+    "mixtral": EXPERTS | {"sliding_window": 6},
+    "olmo3": TYPES,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "opt": NO_GROUPS | {"intermediate_size": ABSENT, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "phi": {"head_dim": ABSENT},
+    "phi3": {"head_dim": ABSENT, "sliding_window": 6},
+    "qwen2_moe": QWEN_EXPERTS | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": QWEN_EXPERTS,
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "stablelm": {"head_dim": ABSENT},
+    "starcoder2": {"sliding_window": 6},
+}
+"""What the tiny config of a family has beside `COMMON`, or lacks."""
+
+
 def config_of(family: str, **changes: Any) -> PreTrainedConfig:
-    values: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    if family == "mistral":
-        values["sliding_window"] = None
-    return FAMILIES[family][0](**{**values, **changes})
+    values = COMMON | OWN.get(family, {}) | changes
+    return CONFIG_MAPPING[family](**{name: value for name, value in values.items() if value is not ABSENT})
 
 
 def tiny(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in evaluation mode; biases and norms are random too, and attention matters to its logits."""
     torch.manual_seed(seed)
-    model = FAMILIES[family][1]._from_config(config_of(family, **changes), dtype=dtype)
+    config = config_of(family, **changes)
+    config._experts_implementation = "eager"  # the others take no float64
+    model = class_of(config)._from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -93,8 +114,8 @@ def dense_masks(model: PreTrainedModel, plan: SpanPlan, length: int) -> Iterator
         return hook
 
     handles = [
-        layer.self_attn.register_forward_pre_hook(hook_for(additive_mask(span, length)), with_kwargs=True)
-        for layer, span in zip(model.model.layers, plan, strict=True)
+        module.register_forward_pre_hook(hook_for(additive_mask(span, length, model.dtype)), with_kwargs=True)
+        for module, span in zip(attention_modules(model), plan, strict=True)
     ]
     try:
         yield

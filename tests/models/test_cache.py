@@ -14,7 +14,7 @@ from masformer.models.cache import SpanCache
 from masformer.models.convert import applied, convert, plan_of
 from masformer.spans import Block, Full, Span, SpanPlan, Window
 
-from .helpers import FAMILIES, HEAD_DIM, KV_HEADS, MIXED, close, logits, tiny, tokens
+from .helpers import FEW, HEAD_DIM, KV_HEADS, MIXED, close, logits, tiny, tokens
 
 SPANS: list[Span] = [
     *(Block(size, lookback, sinks) for size in (1, 2, 3, 16) for lookback in (0, 1, 2) for sinks in (0, 1, 4)),
@@ -88,7 +88,7 @@ def test_every_border(span: Span, model: PreTrainedModel) -> None:
         close(run(model, ids, [1] * length), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_chunks_longer_than_a_fold(family: str) -> None:
     model, ids = convert(tiny(family), SpanPlan((Block(70), Full(), Window(65, 3), Block(16, 2, 1)))), tokens(700)
     close(run(model, ids, [300, 1, 290, 1, 1, 107]), logits(model, ids, use_cache=False))
@@ -236,7 +236,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_generate_equals_generate_without_a_cache(family: str, way: str) -> None:
     model = convert(tiny(family), MIXED)
     ids, mask, _ = left_padded([tokens(13), tokens(6, seed=1), tokens(11, seed=2)])
@@ -246,7 +246,7 @@ def test_generate_equals_generate_without_a_cache(family: str, way: str) -> None
         assert got.sequences.shape[1] == 33
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_generate_in_a_padded_batch_equals_each_row_alone(family: str) -> None:
     model, rows = convert(tiny(family), MIXED), [tokens(13), tokens(6, seed=1), tokens(11, seed=2)]
     ids, mask, _ = left_padded(rows)

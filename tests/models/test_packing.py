@@ -13,7 +13,7 @@ from masformer.models.cache import SpanCache
 from masformer.models.convert import applied, convert
 from masformer.spans import Block, Full, SpanPlan, Window
 
-from .helpers import FAMILIES, FULL, MIXED, close, logits, tiny, tokens
+from .helpers import FEW, FULL, MIXED, close, logits, tiny, tokens
 from .test_cache import SPANS, pieces_of
 
 FOLDED = SpanPlan((Block(64), Full(), Window(20, 2), Block(8, 2)))
@@ -33,7 +33,7 @@ def packed(lengths: list[int], seed: int = 0) -> tuple[list[Tensor], Tensor, Ten
     [(MIXED, [9, 1, 17, 5]), (MIXED, [3, 4, 2]), (FULL, [9, 1, 17, 5]), (FOLDED, [300, 1, 70, 29])],
     ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_packed_equals_apart(family: str, plan: SpanPlan, lengths: list[int], use_cache: bool, mask: Any) -> None:
     model = convert(tiny(family), plan, check=False)
     documents, ids, positions = packed(lengths)
@@ -136,7 +136,7 @@ def test_gradients_stay_within_documents(plan: SpanPlan, seen: int) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[9, 14], [30, 3], [4, 25]], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FEW)
 def test_decoding_after_a_packed_prefill_goes_on_with_the_last_document(family: str, lengths: list[int]) -> None:
     model = convert(tiny(family), MIXED)
     documents, ids, positions = packed(lengths)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..spans import Span
-from .blockwise import Document, sdpa
+from .blockwise import Document
 from .segments import Piece, Segments, UnsupportedSpan
+from .softmax import Softmax
 
 FEW_QUERIES = 16
 """Up to so many new tokens per row, rows that differ are computed together under a mask (decoding)."""
@@ -24,6 +25,9 @@ def attend(
     scale: float | None = None,
     segments: Segments | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    eager: bool = False,
 ) -> Tensor:
     """Causal attention of the new tokens over `span`, in cost proportional to what the span shows.
 
@@ -35,6 +39,8 @@ def attend(
         scale: factor of the scores, default dim ** -0.5.
         segments: documents and padding (`Segments.of`); default one document per row that ends with the queries.
         dropout: probability with which attention weights are dropped.
+        softcap, sink_logits, eager: see `Softmax`; any of these leaves torch's kernels for a softmax written out, over
+            at most 512 queries at a time.
 
     Returns:
         `[batch, heads, queries, value dim]`, zero where the query is padding.
@@ -43,16 +49,17 @@ def attend(
         UnsupportedSpan: shapes or documents that do not fit, keys that the span needs and the cache has dropped.
     """
     _check_shapes(q, k, v)
+    softmax = Softmax(scale, dropout, softcap, sink_logits, eager)
     segments = segments or Segments(seen=k.shape[2] - q.shape[2], new=q.shape[2])
     first = _first_held(q, k, span, segments)
     if first == 0:  # keys behind the last query are no token's: unused places of a preallocated buffer
         k, v = k[:, :, : segments.seen + segments.new], v[:, :, : segments.seen + segments.new]
     if segments.pieces is None:
         _check_held(span, segments.seen, first)
-        return Document(q, k, v, span, segments.seen, first, scale, dropout).attend()
+        return Document(q, k, v, span, segments.seen, first, softmax).attend()
     for piece in segments.pieces:
         _check_held(span, piece.first - piece.begin, first - piece.begin)
-    batch = _Batch(q, k, v, span, segments, segments.pieces, first, scale, dropout)
+    batch = _Batch(q, k, v, span, segments, segments.pieces, first, softmax)
     rows = [piece.row for piece in segments.pieces]
     few = segments.new <= FEW_QUERIES and len(rows) == len(set(rows))
     return batch.together() if few else batch.apart()
@@ -106,8 +113,7 @@ class _Batch:
     segments: Segments
     pieces: tuple[Piece, ...]
     first: int
-    scale: float | None
-    dropout: float
+    softmax: Softmax
 
     @property
     def slots(self) -> int:
@@ -133,7 +139,7 @@ class _Batch:
             mask = torch.cat([dropped, mask], dim=2)
         unseen = ~mask.any(1)[:, None, :, None]
         k, v = self.k.masked_fill(unseen, 0.0), self.v.masked_fill(unseen, 0.0)
-        out = sdpa(self.q, k, v, mask=mask[:, None], causal=False, scale=self.scale, dropout=self.dropout)
+        out = self.softmax.attend(self.q, k, v, mask=mask[:, None])
         return out.masked_fill(~real[:, None, :, None], 0.0)
 
     def apart(self) -> Tensor:
@@ -172,6 +178,5 @@ class _Batch:
             self.span,
             piece.first - piece.begin,
             dropped if dropped > self.slots else 0,
-            self.scale,
-            self.dropout,
+            self.softmax,
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..spans import Block, Span, Window
 from .reference import visible
+from .softmax import Softmax
 
 LEAST_CHUNK = 64
 """Chunks are not shorter than this: tiny spans would make too many tiny products."""
@@ -27,37 +28,6 @@ MOST_CHUNK = 512
 
 FEW_TOKENS = 256
 """Up to so many tokens with no more than one whole chunk among them go in one call: three would be slower."""
-
-
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float | None, dropout: float
-) -> Tensor:
-    """torch's attention with fewer key heads than query heads allowed.
-
-    Keys are repeated where a mask is given, since `enable_gqa` falls back to the slow kernel there on CUDA
-    (transformers does the same, integrations/sdpa_attention.py), and where gradients are to be taken in half
-    precision on the CPU, since torch adds them up over the heads in bfloat16. Local attention does better: `grouped`.
-    """
-    groups = q.shape[1] // k.shape[1]
-    rounded = q.requires_grad and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
-    if groups > 1 and (mask is not None or rounded):
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))
-        groups = 1
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
-    )
-
-
-def grouped(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor, scale: float | None, dropout: float) -> Tensor:
-    """`sdpa` under a mask `[queries, keys]` that all heads share: the query heads of a key head stand one after
-    the other along the queries, so keys are neither repeated nor their gradients rounded one head at a time.
-    """
-    groups = q.shape[1] // k.shape[1]
-    if groups == 1:
-        return sdpa(q, k, v, mask=mask, causal=False, scale=scale, dropout=dropout)
-    stacked = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
-    out = sdpa(stacked, k, v, mask=mask.repeat(groups, 1), causal=False, scale=scale, dropout=dropout)
-    return out.unflatten(2, (groups, q.shape[2])).flatten(1, 2)
 
 
 def chunk_and_reach(span: Span) -> tuple[int, int]:
@@ -162,8 +132,7 @@ class Document:
     span: Span
     start: int
     first: int
-    scale: float | None
-    dropout: float
+    softmax: Softmax
 
     @property
     def end(self) -> int:
@@ -171,13 +140,18 @@ class Document:
 
     def attend(self) -> Tensor:
         """`[batch, heads, queries, value dim]`."""
-        if self.span.start(self.end - 1) <= self.span.sinks:
+        everything = self.span.start(self.end - 1) <= self.span.sinks
+        if everything and self._at_once(self.q.shape[2]):
             return self._everything()
-        parts = self._parts()
+        parts = self._runs(self.start, self.end) if everything else self._parts()
         keys = Take.apply(self.k, self.span.sinks, parts)
         values = Take.apply(self.v, self.span.sinks, parts)
         outs = [self._part(part, k, v) for part, k, v in zip(parts, keys, values, strict=True)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _at_once(self, queries: int) -> bool:
+        """Whether so many queries may meet all their keys in one call that needs no mask: torch's kernels tile it."""
+        return queries <= MOST_CHUNK or not self.softmax.written_out
 
     def _everything(self) -> Tensor:
         """Every query sees all keys before it: the call that an unconverted model makes, bit for bit."""
@@ -188,7 +162,7 @@ class Document:
                 self.span, torch.arange(self.start, self.end, device=device), torch.arange(self.end, device=device)
             )
         causal = mask is None and queries > 1
-        return sdpa(self.q, self.k, self.v, mask=mask, causal=causal, scale=self.scale, dropout=self.dropout)
+        return self.softmax.attend(self.q, self.k, self.v, mask=mask, causal=causal)
 
     def _parts(self) -> tuple[Part, ...]:
         """The queries in order: those before the first whole chunk, the whole chunks, the rest."""
@@ -197,7 +171,9 @@ class Document:
         chunks = (self.end - body) // chunk
         if chunks <= 1 and self.end - self.start <= FEW_TOKENS:
             return (self._run(self.start, self.end),)
-        if chunk > MOST_CHUNK and (reach or self.span.sinks):  # one chunk alone is enough work, its mask too large
+        if chunk > MOST_CHUNK and (
+            reach or self.span.sinks or self.softmax.written_out
+        ):  # one chunk alone is enough work, its mask too large
             return self._runs(self.start, self.end)
         tail = body + chunks * chunk
         folded = (self._chunks(body, chunks, chunk, reach),) if chunks else ()
@@ -222,7 +198,7 @@ class Document:
         """Queries low to high - 1: as one run where that needs no mask, else in runs that keep it small."""
         if low >= high:
             return ()
-        if self._is_causal(run := self._run(low, high)):
+        if self._at_once(high - low) and self._is_causal(run := self._run(low, high)):
             return (run,)
         edges = [*range(low, high, MOST_CHUNK), high]
         return tuple(self._run(*edge) for edge in itertools.pairwise(edges))
@@ -242,9 +218,9 @@ class Document:
         q = self.q[:, :, part.low - self.start : part.high - self.start]
         q = q.unflatten(2, (part.chunks, width)).transpose(1, 2).flatten(0, 1)
         if self._is_causal(part) or width == part.chunks == 1:  # a single query sees all the keys that were taken
-            out = sdpa(q, k, v, mask=None, causal=width > 1, scale=self.scale, dropout=self.dropout)
+            out = self.softmax.attend(q, k, v, causal=width > 1)
         else:
-            out = grouped(q, k, v, mask=self._mask(part, k.shape[2]), scale=self.scale, dropout=self.dropout)
+            out = self.softmax.attend_grouped(q, k, v, mask=self._mask(part, k.shape[2]))
         return out.unflatten(0, (batch, part.chunks)).transpose(1, 2).flatten(2, 3)
 
     def _mask(self, part: Part, keys: int) -> Tensor:

@@ -30,6 +30,8 @@ def reference(
     scale: float | None = None,
     documents: Tensor | None = None,
     positions: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last `queries` tokens to all `keys`.
 
@@ -37,6 +39,8 @@ def reference(
         q: `[batch, heads, queries, dim]`; k, v: `[batch, kv_heads, keys, dim]`, kv_heads dividing heads.
         documents: `[batch, keys]`, the document of each token, negative for padding; default one document.
         positions: `[batch, keys]`, position of each token in its document; default 0, 1, 2, ...
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        sink_logits: `[heads]`, `exp(logit)` joins the sum that the weights of a query are divided by.
 
     Returns:
         `[batch, heads, queries, value dim]`, zero where the query is padding.
@@ -56,6 +60,11 @@ def reference(
         & (documents[:, None, :] >= 0)
     )[:, None]
     scores = q @ k.transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    weights = weights.masked_fill(~mask, 0.0)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    total = scores.logsumexp(-1, keepdim=True)
+    if sink_logits is not None:
+        total = torch.logaddexp(total, sink_logits.reshape(1, -1, 1, 1))
+    weights = (scores - total).exp().masked_fill(~mask, 0.0)
     return weights @ v

@@ -92,6 +92,14 @@ class Segments:
         """How many rows the documents were recorded for; None where every row is alike."""
         return None if self.rows is None else len(self.rows)
 
+    @property
+    def reach(self) -> int:
+        """How many positions the documents reach so far: one more than the largest position id."""
+        if self.rows is None or self.pieces is None:
+            return self.position or 0
+        ends = [piece.stop - piece.begin for piece in self.pieces]
+        return max([0, *ends, *(row.position or 0 for row in self.rows)])
+
     def first_needed(self, span: Span) -> int:
         """The first column, beside sinks, that any later token can see: what lies before may be dropped.
 

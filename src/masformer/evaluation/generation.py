@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from ..errors import InputError
+from ..models.positions import check_positions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def generate_text(
         InputError: more tokens than the model has positions.
     """
     prompt = ids.shape[1]
-    check_positions(model.config, prompt, new_tokens)
+    check_positions(model.config, prompt + new_tokens)
     streamer = _Timed(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids = ids.to(model.device)
@@ -103,15 +104,6 @@ def generate_text(
         decode_seconds=streamer.times[-1] - streamer.times[1],
         kv_bytes=_kv_bytes(out.past_key_values),
     )
-
-
-def check_positions(config: PreTrainedConfig, prompt: int, new_tokens: int) -> None:
-    """Refuse more tokens than the model has positions."""
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and prompt + new_tokens > most:
-        raise InputError(
-            f"the prompt of {prompt} tokens and {new_tokens} new ones are more than the model's {most} positions"
-        )
 
 
 class _Timed(TextStreamer):

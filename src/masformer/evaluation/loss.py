@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..models.positions import check_positions
 from ..models.selfcheck import evaluating
 
 AFTER_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
@@ -158,11 +159,9 @@ def default_edges(length: int) -> list[int]:
 def _check_documents(model: PreTrainedModel, documents: Sequence[Tensor]) -> None:
     if not len(documents):
         raise InputError("no documents: the loss needs at least one of two tokens or more")
-    most = getattr(model.config, "max_position_embeddings", None)
     for number, ids in enumerate(documents):
         if ids.dim() != 1:
             raise InputError(f"document {number} has shape {list(ids.shape)}: give one row of token ids each")
         if len(ids) < 2:
             raise InputError(f"document {number} has {len(ids)} tokens: a loss needs at least 2")
-        if most is not None and len(ids) > most:
-            raise InputError(f"document {number} has {len(ids)} tokens, the model has {most} positions: cut it first")
+        check_positions(model.config, len(ids))

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.tasks import Item
-from ..errors import InputError
+from ..models.positions import check_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,7 @@ def recall(model: PreTrainedModel, item: Item) -> Recall:
         InputError: an item that is longer than the model's positions.
     """
     ids = torch.tensor([item.prompt + item.answer], device=model.device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] > limit:
-        raise InputError(f"the item has {ids.shape[1]} tokens, the model has {limit} positions")
+    check_positions(model.config, ids.shape[1])
     answer = len(item.answer)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=answer + 1).logits[0, :-1].float()

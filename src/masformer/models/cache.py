@@ -58,8 +58,8 @@ class SpanLayer(DynamicLayer):
         held = self.keys.numel() > 0
         if held and self.keys.shape[0] != key_states.shape[0]:
             raise UnsupportedSpan(f"the cache holds {self.keys.shape[0]} rows, the batch has {key_states.shape[0]}")
-        keys = torch.cat([self.keys, key_states], dim=2) if held else key_states
-        values = torch.cat([self.values, value_states], dim=2) if held else value_states
+        keys = torch.cat([self.keys, key_states], dim=2) if held else _alone(key_states)
+        values = torch.cat([self.values, value_states], dim=2) if held else _alone(value_states)
         self.keys, self.values = keys, values
         self.seen += new
         if not self.record_past:
@@ -110,6 +110,11 @@ class SpanLayer(DynamicLayer):
             self.seen -= tokens
             self.keys, self.values = self.keys[:, :, :-tokens].clone(), self.values[:, :, :-tokens].clone()
         self._drop(segments)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """`x` without the rest of a fused projection, which a view of it would keep alive (GPT-NeoX, Phi-3, GPT-2)."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

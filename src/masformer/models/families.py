@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError
 from ..spans import Block, Full, ModelShape, PlanError, Span, SpanPlan, Window
@@ -15,42 +17,124 @@ from ..spans import Block, Full, ModelShape, PlanError, Span, SpanPlan, Window
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Where a family keeps its attention modules, and how its config says which spans it has by itself."""
+    """Where a family keeps what conversion touches, and how its config says which spans it has by itself."""
 
+    decoder: str = ""
+    """Path from `base_model` to the module that gets tokens, mask and cache; empty where it is `base_model` itself."""
     layers: str = "layers"
-    """Path from the decoder (`base_model`) to its list of layers."""
+    """Path from the decoder to its list of layers."""
     attention: str = "self_attn"
-    """Name of the attention module in a layer."""
-    native: Literal["full", "sliding_window", "layer_types"] = "full"
+    """Path from a layer to its attention module."""
+    native: Literal["full", "sliding_window", "layer_types", "attention_layers"] = "full"
     """Which config field the family's own forward reads: none, one window for all layers, a list of types."""
+    table: str = ""
+    """Path from the decoder to the table of learned positions; empty for rotary positions (RoPE)."""
+    first_row: int = 0
+    """Row of position 0 in that table."""
+    refused: tuple[str, ...] = ()
+    """Config fields that make attention something else than causal self-attention; they must be unset."""
 
+
+_WINDOW = Family(native="sliding_window")
+_TYPES = Family(native="layer_types")
 
 FAMILIES: dict[str, Family] = {
+    "apertus": Family(),
+    "arcee": Family(),
+    "cohere": Family(),
+    "cohere2": _TYPES,
+    "ernie4_5": Family(),
+    "exaone4": _TYPES,
+    "gemma": Family(refused=("use_bidirectional_attention",)),
+    "gemma2": dataclasses.replace(_TYPES, refused=("use_bidirectional_attention",)),
+    "gemma3_text": dataclasses.replace(_TYPES, refused=("use_bidirectional_attention",)),
+    "glm4": Family(),
+    "gpt2": Family(layers="h", attention="attn", table="wpe", refused=("add_cross_attention",)),
+    "gpt_neo": Family(layers="h", attention="attn.attention", native="attention_layers", table="wpe"),
+    "gpt_neox": Family(attention="attention"),
+    "gpt_oss": _TYPES,
+    "granite": Family(),
+    "granitemoe": Family(),
+    "hunyuan_v1_dense": Family(),
     "llama": Family(),
-    "mistral": Family(native="sliding_window"),
-    "qwen2": Family(native="layer_types"),
-    "qwen3": Family(native="layer_types"),
+    "ministral": _TYPES,
+    "ministral3": _WINDOW,
+    "mistral": _WINDOW,
+    "mixtral": _WINDOW,
+    "nemotron": Family(),
+    "olmo": Family(),
+    "olmo2": Family(),
+    "olmo3": _TYPES,
+    "olmoe": Family(),
+    "opt": Family(decoder="decoder", table="embed_positions", first_row=2),
+    "phi": Family(),
+    "phi3": _WINDOW,
+    "qwen2": _TYPES,
+    "qwen2_moe": _TYPES,
+    "qwen3": _TYPES,
+    "qwen3_moe": _WINDOW,
+    "seed_oss": Family(),
+    "smollm3": _TYPES,
+    "stablelm": Family(),
+    "starcoder2": _WINDOW,
 }
-"""By transformers' `model_type`. SmolLM and SmolLM2 are of type llama."""
+"""By transformers' `model_type`. SmolLM and SmolLM2 are of type llama, Pythia of type gpt_neox."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a config.
 
     Raises:
-        InputError: a model type that is not supported, with the list of those that are.
+        InputError: a model type that is not supported, with the reason and the list of those that are.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         supported = ", ".join(sorted(FAMILIES))
-        raise InputError(f"model type {config.model_type!r} is not supported; supported are: {supported}")
+        raise InputError(f"model type {config.model_type!r} {_why_not(config)}; supported are: {supported}")
+    for field in family.refused:
+        if getattr(config, field, None):
+            raise InputError(f"this {config.model_type} has {field}={getattr(config, field)!r}: spans are causal")
     return family
+
+
+_REASONS = {
+    "bloom": "biases its scores by distance (ALiBi)",
+    "mpt": "biases its scores by distance (ALiBi)",
+}
+"""What cannot be read off the class."""
+
+
+def _why_not(config: PreTrainedConfig) -> str:
+    """Why a model type is not supported, to be read after its name."""
+    if config.model_type in _REASONS:
+        return f"{_REASONS[config.model_type]}, which spans do not honour"
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder, spans are for decoders alone"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "is not a causal language model of transformers"
+    if class_of(config)._is_stateful:
+        return "keeps a state that is no KV cache, in all or some of its layers"
+    if not class_of(config)._can_set_attn_implementation():
+        return "computes its attention itself, out of reach of the attention interface of transformers"
+    return "is not among the families that are proved to work"
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """transformers' class of causal language models with such a config."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module that gets tokens, mask and cache, of a causal language model, its base model or the decoder itself."""
+    base: Any = model.base_model
+    path = family_of(model.config).decoder
+    return getattr(base, path, base) if path else base
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules of a causal language model or of its decoder, layer 0 first."""
     family = family_of(model.config)
-    layers = model.base_model.get_submodule(family.layers)
+    layers = decoder_of(model).get_submodule(family.layers)
     return [layer.get_submodule(family.attention) for layer in layers.children()]
 
 
@@ -65,6 +149,9 @@ def native_plan(config: PreTrainedConfig) -> SpanPlan:
     window = getattr(config, "sliding_window", None)
     if family.native == "layer_types":
         return SpanPlan(tuple(_native_span(kind, config) for kind in config.layer_types))
+    if family.native == "attention_layers":
+        local = Window(config.window_size)
+        return SpanPlan(tuple(local if kind == "local" else Full() for kind in config.attention_layers))
     if family.native == "sliding_window" and window is not None:
         return SpanPlan((Window(window),) * layers)
     return SpanPlan((Full(),) * layers)
@@ -91,21 +178,37 @@ def check_length(plan: SpanPlan, config: PreTrainedConfig) -> None:
 
 
 def shape_of(config: PreTrainedConfig, kv_dtype_bytes: int = 2) -> ModelShape:
-    """Sizes of the model that a config describes, counted on a model without storage."""
+    """Sizes of the model that a config describes, counted on a model without storage.
+
+    A token meets every weight matrix that is no embedding, of a mixture of experts only those of the experts
+    that it is sent to.
+    """
     family_of(config)
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # that of a converted model is none to build a GPT-Neo with
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head: Any = model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {
+        weight
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and weight is not head.weight and weight not in tables and not name.endswith("bias")
+    }
+    heads = config.num_attention_heads
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        linear_parameters=linear,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        linear_parameters=sum(_active(weight, config) for weight in matrices),
         head_parameters=head.weight.numel(),
         parameters=sum(p.numel() for p in model.parameters()),
         kv_dtype_bytes=kv_dtype_bytes,
     )
+
+
+def _active(weight: nn.Parameter, config: PreTrainedConfig) -> int:
+    """How many numbers of a weight one token meets: experts stand along the first of three dimensions."""
+    return weight.numel() if weight.ndim < 3 else weight.numel() // weight.shape[0] * config.num_experts_per_tok

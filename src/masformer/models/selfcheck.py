@@ -190,8 +190,11 @@ class _Probe:
         changed[0, -1] = (changed[0, -1] + 1) % self.model.config.vocab_size
         self._replay(changed, [(0, TOKENS - 1, self.whole, 0)], use_cache=False)
         before, after = (self.model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (self.ids, changed))
-        if not torch.equal(before, after):
-            raise ValueError(f"a later token changes logits before it by {float((before - after).abs().max()):.2e}")
+        # Not to the bit: which tokens an expert of a mixture computes together depends on the last one too, and in
+        # half precision that may send a token to another expert.
+        difference = float((before - after).abs().max())
+        if self.exact and not difference <= self.tolerance * float(before.abs().max()):
+            raise ValueError(f"a later token changes logits before it by {difference:.2e}")
 
     def decoding(self) -> None:
         cache, at = SpanCache(spans_on(self.model)), 0

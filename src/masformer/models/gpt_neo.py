@@ -1,0 +1,51 @@
+"""GPT-Neo, which computes its attention itself: the one step of it that spans replace.
+
+Its scores are not scaled, and are made in float32 whatever the model's dtype (transformers/models/gpt_neo,
+GPTNeoSelfAttention._attn). Every layer holds its mask as a square of bools over all positions, 268 MB a layer at
+16,384 positions: it is taken off while the model is converted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.blockwise import MOST_CHUNK
+from .fronts import Front
+from .interface import span_attention
+
+
+class SpanGPTNeoAttention(Front):
+    """In front of GPTNeoSelfAttention."""
+
+    def _attn(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[batch, heads, tokens, dim]` in and out; bit for bit the parent's over `MOST_CHUNK` keys."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        eager = key.shape[2] <= MOST_CHUNK
+        dropout = self.attn_dropout.p if self.training else 0.0
+        values = value if eager else value.to(dtype)
+        out, weights = span_attention(
+            self, query.to(dtype), key.to(dtype), values, attention_mask, scaling=1.0, dropout=dropout, eager=eager
+        )
+        return out.transpose(1, 2).to(value.dtype), weights
+
+    def entered(self: Any) -> None:
+        """Take the mask off."""
+        del self.bias
+
+    def left(self: Any) -> None:
+        """Put the mask back."""
+        self.bias = nn.Buffer(square(self).to(self.k_proj.weight.device), persistent=False)
+
+
+def square(module: Any) -> Tensor:
+    """The mask that a GPTNeoSelfAttention holds for the maximum in its config, `[1, 1, length, length]`."""
+    seen = torch.ones(module.config.max_position_embeddings, module.config.max_position_embeddings, dtype=torch.bool)
+    seen = seen.tril()
+    if module.attention_type == "local":
+        seen ^= seen.tril(-module.config.window_size)
+    return seen[None, None]
