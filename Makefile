@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two workers with one thread each: torch's own threads would fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all check format bench clean
+.PHONY: demo test test-all check format bench docs clean
 
 demo: .venv/ready
 	$(BIN)/masformer demo
@@ -23,6 +23,9 @@ check: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: .venv/ready
+	$(BIN)/python -m tests.models.families_page > docs/families.md
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.memory

@@ -233,8 +233,34 @@ def test_generate_refuses_an_empty_prompt(parent, flags, capsys):
 
 def test_generate_refuses_more_tokens_than_positions(parent, capsys):
     line = refusal(capsys, 3, "generate", parent, "--prompt", "the", "--max-new-tokens", POSITIONS)
-    assert f"1 tokens and {POSITIONS} new ones" in line
-    assert f"{POSITIONS} positions" in line
+    assert f"{POSITIONS + 1:,} tokens are more than the model's {POSITIONS:,} positions: extend it with convert" in line
+
+
+def test_convert_extends_positions(parent, tmp_path, capsys):
+    out, longer = tmp_path / "out", 2 * POSITIONS
+    assert run(["convert", str(parent), str(out), "--max-length", str(longer), "--positions", "yarn"]) == 0
+    config, plan = load_config(str(out))
+    assert config.max_position_embeddings == longer
+    assert config.rope_parameters["rope_type"] == "yarn"
+    assert config.extended_positions == {"method": "yarn", "from": POSITIONS, "to": longer}
+    assert not any(span.is_local for span in plan)
+    capsys.readouterr()
+    assert run(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3"]) == 0
+
+
+def test_convert_says_which_way_to_extend(parent, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = refusal(capsys, 3, "convert", parent, out, "--max-length", 2 * POSITIONS)
+    assert f"--max-length {2 * POSITIONS} --positions theta, linear, dynamic or yarn" in line
+    assert "cannot extend this llama" in refusal(
+        capsys, 3, "convert", parent, out, "--max-length", 2 * POSITIONS, "--positions", "tile"
+    )
+    assert "--positions needs --max-length" in refusal(capsys, 2, "convert", parent, out, "--positions", "yarn")
+    assert "--positions knows theta" in refusal(
+        capsys, 2, "convert", parent, out, "--max-length", 9, "--positions", "alibi"
+    )
+    assert "leave it out" in refusal(capsys, 2, "convert", parent, out, "--max-length", 9)
+    assert not out.exists()
 
 
 def test_generate_refuses_prompts_it_cannot_read(parent, tmp_path, capsys):

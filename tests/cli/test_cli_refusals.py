@@ -81,7 +81,7 @@ def test_a_plan_for_another_number_of_layers_is_bad_input(command, parent, speec
 def test_an_unsupported_family_is_bad_input(tmp_path, capsys):
     BloomConfig(n_layer=2, hidden_size=16, n_head=2).save_pretrained(tmp_path / "bloom")
     line = refusal(capsys, 3, "convert", tmp_path / "bloom", tmp_path / "out", *LOCAL)
-    assert "'bloom' is not supported; supported are:" in line
+    assert "'bloom' biases its scores by distance (ALiBi), which spans do not honour; supported are:" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -131,7 +131,7 @@ def test_weights_of_another_model_are_corrupt(copy, capsys):
         ("", 8, "is empty"),
         ("t", 2, "no document has 2 tokens; the longest of 1 has 1"),
         (TEXT, 500, "no document has 500 tokens; the longest of 1 has"),
-        (TEXT, POSITIONS + 1, f"more than the {POSITIONS} positions"),
+        (TEXT, POSITIONS + 1, f"more than the model's {POSITIONS:,} positions"),
         (None, 8, "No such file"),
     ],
 )

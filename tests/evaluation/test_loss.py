@@ -116,7 +116,7 @@ def test_progress_and_mode(model):
         ([], "no documents"),
         ([document(5), document(1)], "document 1 has 1 tokens"),
         ([document(0)], "document 0 has 0 tokens"),
-        ([document(POSITIONS + 1)], f"has {POSITIONS + 1} tokens, the model has {POSITIONS} positions"),
+        ([document(POSITIONS + 1)], f"{POSITIONS + 1} tokens are more than the model's {POSITIONS} positions"),
         ([document(6).reshape(2, 3)], r"document 0 has shape \[2, 3\]"),
     ],
 )

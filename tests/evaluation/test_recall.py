@@ -69,5 +69,5 @@ def test_an_oracle_finds_it_and_a_blind_model_does_not(tokenizer):
 
 def test_an_item_beyond_the_positions_is_refused(tokenizer):
     (item,) = passkeys(tokenizer, [TEXT * 40], 600, [0.5], 0)
-    with pytest.raises(InputError, match="600 tokens, the model has 512"):
+    with pytest.raises(InputError, match="600 tokens are more than the model's 512"):
         recall(small_llama(tokenizer, max_position_embeddings=512), item)

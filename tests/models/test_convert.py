@@ -398,7 +398,7 @@ def test_unsupported_family() -> None:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 16, "rotary_dim": 2}
     model = GPTJForCausalLM(GPTJConfig(**sizes, bos_token_id=None, eos_token_id=None))
     before = state(model)
-    with pytest.raises(InputError, match=r"model type 'gptj' computes its attention itself.*supported are: gemma2, "):
+    with pytest.raises(InputError, match=r"model type 'gptj' computes its attention itself.*supported are: apertus, "):
         convert(model, uniform(Window(2), 2))
     assert state(model) == before
     with pytest.raises(InputError, match="'gptj'"):

@@ -297,3 +297,10 @@ def test_the_reason(kind: str, reason: str) -> None:
 def test_variants_of_a_family_that_spans_do_not_fit(family: str, field: str) -> None:
     with pytest.raises(InputError, match=f"has {field}=True"):
         family_of(config_of(family, **{field: True}))
+
+
+def test_the_page_of_families_is_what_is_proved() -> None:
+    from .families_page import page
+
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert text == page(), "run make docs"
