@@ -48,9 +48,9 @@ def page() -> str:
         [
             "# Families",
             "",
-            "This page is written by `make docs` from `tests/models/test_families.py`, and a test fails where it is not "
-            "what that file proves. Names are transformers' `model_type`; SmolLM and SmolLM2 are `llama`, Pythia is "
-            "`gpt_neox`, the paper's GPT-Neo is `gpt_neo`. Every other type is refused by name, with the reason.",
+            "This page is written by `make docs` from `tests/models/test_families.py`, and a test fails where it is "
+            "not what that file proves. Names are transformers' `model_type`; SmolLM and SmolLM2 are `llama`, Pythia "
+            "is `gpt_neox`, the paper's GPT-Neo is `gpt_neo`. Every other type is refused by name, with the reason.",
             "",
             f"Every one of the {len(FAMILIES)} families passes every proof below, on a tiny random model of its own "
             "config class with biases, norms and native spans:",

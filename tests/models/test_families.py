@@ -3,6 +3,7 @@
 docs/families.md is made of this file (`make docs`), so it cannot claim what is not proved here.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,7 +22,8 @@ from masformer.errors import InputError
 from masformer.models.cache import SpanCache
 from masformer.models.convert import convert, is_converted, plan_of, restore
 from masformer.models.families import FAMILIES, attention_modules, family_of, native_plan, shape_of
-from masformer.spans import cost
+from masformer.models.gpt_neo import with_attention_types
+from masformer.spans import Block, Full, PlanError, Span, SpanPlan, Window, cost, layout
 
 from .helpers import FULL, MIXED, close, config_of, dense_masks, logits, state, tiny, tokens
 
@@ -230,7 +232,7 @@ PROOFS: dict[str, Callable[[str, Path], None]] = {
 
 
 TRACED = ("gemma2", "gpt2", "gpt_neo", "llama", "mixtral", "opt")
-"""Families that are traced in every run of the tests; tracing takes seconds, so the others are left to the slow ones."""
+"""Families that are traced in every run; tracing takes seconds, so the others are left to the slow tests."""
 
 
 def cases() -> list[Any]:
@@ -297,6 +299,40 @@ def test_the_reason(kind: str, reason: str) -> None:
 def test_variants_of_a_family_that_spans_do_not_fit(family: str, field: str) -> None:
     with pytest.raises(InputError, match=f"has {field}=True"):
         family_of(config_of(family, **{field: True}))
+
+
+@pytest.mark.parametrize("family", EAGER)
+def test_families_that_write_attention_out_are_bit_equal_to_512_tokens_and_close_beyond(family: str) -> None:
+    model = tiny(family, torch.float32, **wide(family, **dict.fromkeys(wide(family), 2048)))
+    short, long = tokens(512), tokens(700)
+    expected = logits(model, short), logits(model, long)
+    convert(model, FULL)
+    assert torch.equal(logits(model, short), expected[0])
+    close(logits(model, long), expected[1], 2e-4)
+
+
+def test_gpt_neo_writes_its_layout_into_attention_types() -> None:
+    """Stock transformers then computes what the converted model does."""
+    plan = SpanPlan((Full(), Full(), Window(5), Full()))
+    model, ids = tiny("gpt_neo", torch.float32), tokens(40)
+    config = with_attention_types(model.config, plan)
+    assert (config.attention_layers, config.window_size) == (["global", "global", "local", "global"], 5)
+    assert native_plan(config) == plan
+    assert native_plan(model.config) != plan
+    stock = GPTNeoForCausalLM(copy.deepcopy(config)).eval()
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(logits(convert(model, plan), ids), logits(stock, ids))
+    layout_plan = layout("gpt-neo", 4)
+    assert native_plan(with_attention_types(config, layout_plan)) == layout_plan
+    assert native_plan(with_attention_types(config, FULL)) == FULL
+
+
+@pytest.mark.parametrize("span", [Block(4), Window(4, sinks=1)], ids=str)
+def test_gpt_neo_has_no_word_for_other_spans(span: Span) -> None:
+    with pytest.raises(PlanError, match="GPT-Neo"):
+        with_attention_types(config_of("gpt_neo"), SpanPlan((Full(), span, Full(), Full())))
+    with pytest.raises(PlanError, match="GPT-Neo"):
+        with_attention_types(config_of("gpt_neo"), SpanPlan((Full(), Window(2), Window(3), Full())))
 
 
 def test_the_page_of_families_is_what_is_proved() -> None:

@@ -7,12 +7,15 @@ GPTNeoSelfAttention._attn). Every layer holds its mask as a square of bools over
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..attention.blockwise import MOST_CHUNK
+from ..spans import Full, PlanError, SpanPlan, Window
 from .fronts import Front
 from .interface import span_attention
 
@@ -49,3 +52,20 @@ def square(module: Any) -> Tensor:
     if module.attention_type == "local":
         seen ^= seen.tril(-module.config.window_size)
     return seen[None, None]
+
+
+def with_attention_types(config: PreTrainedConfig, plan: SpanPlan) -> PreTrainedConfig:
+    """A copy of a GPT-Neo config whose own layers have the spans of `plan`, for software that knows GPT-Neo alone.
+
+    Raises:
+        PlanError: spans other than Full and one Window without sinks, for which GPT-Neo has no word.
+    """
+    local = {span for span in plan if not isinstance(span, Full)}
+    if len(local) > 1 or any(not isinstance(span, Window) or span.sinks for span in local):
+        raise PlanError(f"GPT-Neo knows full attention and one window without sinks, not {plan}")
+    kinds = ["local" if span in local else "global" for span in plan]
+    changed = copy.deepcopy(config)
+    changed.attention_types, changed.attention_layers = [[[kind], 1] for kind in kinds], kinds
+    for span in local:
+        changed.window_size = span.size  # type: ignore[attr-defined]
+    return changed
