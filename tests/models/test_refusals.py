@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from masformer.attention import UnsupportedSpan
 from masformer.errors import InputError
 from masformer.models.cache import SpanCache
-from masformer.models.convert import convert, is_converted, restore
+from masformer.models.convert import applied, convert, is_converted, restore
 from masformer.models.selfcheck import selfcheck
 
 from .helpers import MIXED, logits, tiny, tokens
@@ -104,3 +104,26 @@ def test_half_precision_that_drifts_passes_the_selfcheck(dtype: torch.dtype) -> 
     model = tiny(dtype=dtype, initializer_range=1.0, num_hidden_layers=16)
     plan = type(MIXED)(MIXED.spans * 4)
     selfcheck(convert(model, plan, check=False))
+
+
+def test_a_forward_beyond_the_positions_leaves_the_cache_as_it_was() -> None:
+    model, ids = convert(tiny(max_position_embeddings=64), MIXED), tokens(40)
+    cache = SpanCache(MIXED)
+    logits(model, ids[:, :20], past_key_values=cache)
+    with pytest.raises(InputError, match="80 tokens are more than the model's 64 positions"):
+        logits(model, tokens(60), past_key_values=cache)
+    got = logits(model, ids[:, 20:], past_key_values=cache)
+    torch.testing.assert_close(got, logits(model, ids)[:, 20:], rtol=0, atol=1e-10)
+
+
+def test_applied_does_not_hide_an_error_of_its_body() -> None:
+    model = tiny()
+
+    def body() -> None:
+        with applied(model, MIXED):
+            restore(model)
+            raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"):
+        body()
+    assert not is_converted(model)

@@ -39,8 +39,7 @@ def attend(
         scale: factor of the scores, default dim ** -0.5.
         segments: documents and padding (`Segments.of`); default one document per row that ends with the queries.
         dropout: probability with which attention weights are dropped.
-        softcap, sink_logits, eager: see `Softmax`; any of these leaves torch's kernels for a softmax written out, over
-            at most 512 queries at a time.
+        softcap, sink_logits, eager: see `Softmax`; any of these leaves torch's kernels for a softmax written out.
 
     Returns:
         `[batch, heads, queries, value dim]`, zero where the query is padding.

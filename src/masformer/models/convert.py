@@ -109,10 +109,10 @@ def applied(model: PreTrainedModel, plan: SpanPlan, *, check: bool = False) -> I
     try:
         yield model
     finally:
-        if before is None:
-            restore(model)
-        else:
+        if before is not None:
             convert(model, before, check=False)
+        elif is_converted(model):
+            restore(model)
 
 
 def plan_of(model: PreTrainedModel) -> SpanPlan:
