@@ -23,7 +23,7 @@ class Softmax:
     sink_logits: Tensor | None = None
     """`[heads]`: one more score in every softmax, whose weight is thrown away (gpt-oss, arXiv 2508.10925)."""
     eager: bool = False
-    """Written out in any case, as transformers' eager attention does: bit for bit the same over `MOST_QUERIES`."""
+    """Written out in any case, as transformers' eager attention does: the same bits in one call over all pairs."""
 
     @property
     def written_out(self) -> bool:

@@ -41,7 +41,7 @@ class Place(NamedTuple):
     offset: int
 
 
-class Span(NamedTuple):
+class Run(NamedTuple):
     """Sequences of one length that follow each other."""
 
     length: int
@@ -142,17 +142,17 @@ class CorpusSequences:
 
     def totals(self, count: int) -> Totals:
         """What the first `count` sequences hold, by arithmetic."""
-        spans = list(self._spans(count))
-        place = spans[-1].end
+        runs = list(self._runs(count))
+        place = runs[-1].end
         passed = self._before(self._sizes, place) + place.offset
         begun = self._before(self._sizes > (self.mode == "single"), place) + (place.offset > 0)
         if self.mode == "packed":
-            return Totals(begun, passed, count + self._begun_inside(spans), 0, 0)
-        dropped = sum(self._dropped(span) for span in spans)
-        room = sum(span.length * span.sequences for span in spans)
+            return Totals(begun, passed, count + self._begun_inside(runs), 0, 0)
+        dropped = sum(self._dropped(run) for run in runs)
+        room = sum(run.length * run.sequences for run in runs)
         return Totals(begun, passed - dropped, count, dropped, room - (passed - dropped))
 
-    def _spans(self, count: int) -> Iterator[Span]:
+    def _runs(self, count: int) -> Iterator[Run]:
         """The first `count` sequences, cut where their length changes."""
         begin = Place(0, 0, 0)
         for stage, (first, length) in enumerate(self.lengths):
@@ -160,34 +160,34 @@ class CorpusSequences:
                 break
             last = stage + 1 == len(self.lengths) or self.lengths[stage + 1][0] > count
             end = self._place(count) if last else self._stages[stage + 1]
-            yield Span(length, (count if last else self.lengths[stage + 1][0]) - first, begin, end)
+            yield Run(length, (count if last else self.lengths[stage + 1][0]) - first, begin, end)
             begin = end
 
     def _before(self, values: NDArray[Any], place: Place) -> int:
         """The sum over all documents before the place's own, one value per document."""
         return place.epoch * int(values.sum()) + int(values[self._order(place.epoch)[: place.turn]].sum())
 
-    def _begun_inside(self, spans: list[Span]) -> int:
+    def _begun_inside(self, runs: list[Run]) -> int:
         """Packed: documents that begin neither at the border of a sequence nor behind the last one."""
-        edges = np.cumsum([0, *(span.length * span.sequences for span in spans)])
-        steps = np.array([span.length for span in spans])
+        edges = np.cumsum([0, *(run.length * run.sequences for run in runs)])
+        steps = np.array([run.length for run in runs])
         found = 0
-        for epoch in range(spans[-1].end.epoch + 1):
+        for epoch in range(runs[-1].end.epoch + 1):
             starts = epoch * int(self._sizes.sum()) + self._ends(epoch, 0)[:-1]
             starts = starts[starts < edges[-1]]
             inside = np.searchsorted(edges, starts, side="right") - 1
             found += int(((starts - edges[inside]) % steps[inside] != 0).sum())
         return found
 
-    def _dropped(self, span: Span) -> int:
+    def _dropped(self, run: Run) -> int:
         """Single: last pieces of one token among the documents that were passed in these sequences."""
-        begin, end = span.begin, span.end
-        tails = self._sizes % span.length == 1
+        begin, end = run.begin, run.end
+        tails = self._sizes % run.length == 1
         found = self._before(tails, end) - self._before(tails, begin)
         if begin.offset and begin[:2] != end[:2]:  # the first document was entered in the middle
             document = self._order(begin.epoch)[begin.turn]
             rest = int(self._sizes[document]) - begin.offset
-            found += int(rest % span.length == 1) - int(tails[document])
+            found += int(rest % run.length == 1) - int(tails[document])
         return found
 
     def _place(self, index: int) -> Place:

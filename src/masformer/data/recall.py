@@ -22,6 +22,7 @@ from ..errors import InputError
 from .corpus import Corpus, digest, fingerprint
 from .seeds import generator
 from .sequences import IGNORED, Lengths, Sequence, assemble, checked_lengths, length_at
+from .tasks import without_space
 
 MOST_FACTS, MOST_QUESTIONS = 8, 4
 
@@ -167,15 +168,8 @@ class RecallSequences:
         texts = [item.introduction, *item.needles, *(text for pair in item.questions for text in pair)]
         head, *ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         needles, rest = ids[: len(item.needles)], ids[len(item.needles) :]
-        questions = [self._without_space(*pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
+        questions = [without_space(self.tokenizer, *pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
         return head, needles, questions
-
-    def _without_space(self, question: Ids, answer: Ids) -> tuple[Ids, Ids]:
-        """A lone space before an answer belongs to the question: it tests no memory."""
-        spaces = 0
-        while not self.tokenizer.decode(answer[spaces : spaces + 1]).strip():
-            spaces += 1
-        return question + answer[:spaces], answer[spaces:]
 
     def _labelled(self, parts: list[Any], questions: list[tuple[Ids, Ids]], length: int) -> Sequence:
         sequence = assemble([np.concatenate([np.asarray(part, np.int64) for part in parts])], length)

@@ -49,9 +49,7 @@ def _passkey(tokenizer: Any, filler: str, depth: float, key: str, length: int) -
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     head, needle, question = encode(INTRODUCTION), encode(NEEDLE.format(key=key)), encode(QUESTION)
-    answer = encode(f" {key}")
-    while not tokenizer.decode(answer[:1]).strip():  # a lone space belongs to the question: it tests no memory
-        question.append(answer.pop(0))
+    question, answer = without_space(tokenizer, question, encode(f" {key}"))
     room = length - sum(map(len, (head, needle, question, answer)))
     text = encode(filler)
     if room < 1:
@@ -60,3 +58,11 @@ def _passkey(tokenizer: Any, filler: str, depth: float, key: str, length: int) -
         raise InputError(f"the filler has {len(text)} tokens, a passkey item of {length} tokens needs {room}")
     cut = round(depth * room)
     return Item(tuple(head + text[:cut] + needle + text[cut:room] + question), tuple(answer), depth, key)
+
+
+def without_space(tokenizer: Any, question: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    """The same tokens, a lone space before the answer counted to the question: it tests no memory."""
+    spaces = 0
+    while not tokenizer.decode(answer[spaces : spaces + 1]).strip():
+        spaces += 1
+    return question + answer[:spaces], answer[spaces:]

@@ -24,6 +24,7 @@ class Timeline:
     """Which documents the rows of a cache hold: shared by the cache and its layers."""
 
     segments: Segments | None = None
+    """The newest: set before the layers' `update`."""
 
 
 class SpanLayer(DynamicLayer):
@@ -166,19 +167,6 @@ class SpanCache(DynamicCache):
         cache.__class__ = cls
         cache._become(plan)  # type: ignore[attr-defined]
         return cache  # type: ignore[return-value]
-
-    def advance(
-        self, batch: int, new: int, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Segments:
-        """Note which documents the next `new` tokens belong to; the layers' `update` follows."""
-        self.timeline.segments = Segments.of(
-            batch,
-            new,
-            previous=self.timeline.segments,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-        )
-        return self.timeline.segments
 
     def held_bytes(self) -> int:
         """Bytes of the storage behind all keys and values."""

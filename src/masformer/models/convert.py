@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 
 from ..errors import InputError
 from ..spans import SpanPlan
-from .families import attention_modules, check_length, class_of, decoder_of, family_of, native_plan, spans_on
+from .families import attention_modules, check_length, class_of, family_of, native_plan, refuse_spread, spans_on
 from .fronts import enter, front_of, leave
 from .interface import NAME
 from .selfcheck import selfcheck
@@ -73,11 +73,7 @@ def _refuse(model: PreTrainedModel) -> None:
         raise InputError(f"{type(model).__name__} is not the {known.__name__} of transformers, nor derived from it")
     if getattr(model.config, "is_causal", True) is False:
         raise InputError("the model's config says is_causal=False: spans are causal")
-    if "forward" in vars(decoder_of(model)):
-        raise InputError(
-            "the decoder's forward was replaced on this object (as a device_map over several devices does): "
-            "convert the model first"
-        )
+    refuse_spread(model, "convert")
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

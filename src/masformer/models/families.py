@@ -131,6 +131,20 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return getattr(base, path, base) if path else base
 
 
+def refuse_spread(model: PreTrainedModel, verb: str) -> None:
+    """Refuse a decoder whose forward was replaced on the object: what is put in front of its class would not run."""
+    if "forward" in vars(decoder_of(model)):
+        raise InputError(
+            "the decoder's forward was replaced on this object (as a device_map over several devices does): "
+            f"{verb} the model first"
+        )
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of a query head and of a key head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules of a causal language model or of its decoder, layer 0 first."""
     family = family_of(model.config)
@@ -201,7 +215,7 @@ def shape_of(config: PreTrainedConfig, kv_dtype_bytes: int = 2) -> ModelShape:
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim(config),
         linear_parameters=sum(_active(weight, config) for weight in matrices),
         head_parameters=head.weight.numel(),
         parameters=sum(p.numel() for p in model.parameters()),

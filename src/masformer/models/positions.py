@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
-from .families import attention_modules, decoder_of, family_of
+from .families import attention_modules, decoder_of, family_of, head_dim, refuse_spread
 from .gpt_neo import square
 
 ROPE_METHODS = {
@@ -125,11 +125,7 @@ def extend(model: PreTrainedModel, length: int, method: str) -> PreTrainedModel:
         InputError: as `extended_config`; or a model spread over devices by hooks.
     """
     _check(model.config, length, method)
-    if "forward" in vars(model.base_model):
-        raise InputError(
-            "the decoder's forward was replaced on this object (as a device_map over several devices does): "
-            "extend the model first"
-        )
+    refuse_spread(model, "extend")
     if method in TABLE_METHODS:
         _lengthen_table(model, length, method)
     for config in _configs(model):
@@ -187,8 +183,7 @@ def _rope_type(config: PreTrainedConfig) -> str:
 
 def _rotary_dim(config: PreTrainedConfig) -> int:
     """Dimensions of a head that are rotated, as transformers counts them."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(head * _rope(config).get("partial_rotary_factor", 1.0))
+    return int(head_dim(config) * _rope(config).get("partial_rotary_factor", 1.0))
 
 
 def _set(config: PreTrainedConfig, length: int, method: str) -> None:
@@ -223,7 +218,7 @@ def _scale_rope(config: PreTrainedConfig, most: int, length: int, method: str) -
     nested = config.nested_rope_parameter_keys(config.rope_parameters)
     config.rope_parameters = {**config.rope_parameters, "full_attention": rope} if nested else rope
     if getattr(config, "head_dim", 0) is None:  # which transformers' dynamic and yarn do not understand
-        config.head_dim = config.hidden_size // config.num_attention_heads
+        config.head_dim = head_dim(config)
     if hasattr(config, "original_max_position_embeddings"):
         # Yarn prefers it to its own parameter; Phi-3 without longrope drops its KV cache there, for nothing.
         config.original_max_position_embeddings = most if method == "yarn" else length

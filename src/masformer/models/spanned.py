@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..attention import Segments, UnsupportedSpan
-from ..errors import InputError
 from .cache import SpanCache
 from .config import saved_as_converted
 from .families import attention_modules, decoder_of, spans_on
@@ -41,15 +40,11 @@ class SpanDecoder(SpanPart):
         batch, new = tokens.shape[:2]
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         cache = self._span_cache(kwargs)
-        make = Segments.of if cache is None else cache.advance
-        before = None if cache is None else cache.timeline.segments
-        segments = make(batch, new, attention_mask=mask, position_ids=positions)
-        try:
-            check_positions(self.config, segments.reach)
-        except InputError:
-            if cache is not None:
-                cache.timeline.segments = before  # a refused call leaves the cache as it was
-            raise
+        previous = None if cache is None else cache.timeline.segments
+        segments = Segments.of(batch, new, previous=previous, attention_mask=mask, position_ids=positions)
+        check_positions(self.config, segments.reach)
+        if cache is not None:
+            cache.timeline.segments = segments
         outer, current.segments = current.segments, segments
         try:
             return super().forward(**kwargs)  # type: ignore[misc]
