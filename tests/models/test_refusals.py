@@ -127,3 +127,22 @@ def test_applied_does_not_hide_an_error_of_its_body() -> None:
     with pytest.raises(KeyError, match="own"):
         body()
     assert not is_converted(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_positions_of_an_earlier_document_of_a_packed_row(family: str) -> None:
+    model = convert(tiny(family, max_position_embeddings=64), MIXED)
+    positions = torch.cat([torch.arange(58, 68), torch.arange(10)])[None]
+    with pytest.raises(InputError, match="68 tokens are more than the model's 64 positions"):
+        logits(model, tokens(20), position_ids=positions)
+    logits(model, tokens(20), position_ids=torch.cat([torch.arange(54, 64), torch.arange(10)])[None])
+
+
+@pytest.mark.parametrize("start", [-5, -1])
+def test_negative_positions(start: int) -> None:
+    model = convert(tiny(), MIXED)
+    one = torch.arange(start, start + 10)[None]
+    with pytest.raises(UnsupportedSpan, match=f"begin at {start}"):
+        logits(model, tokens(10), position_ids=one)
+    with pytest.raises(UnsupportedSpan, match=f"begin at {start}"):
+        logits(model, tokens(20), position_ids=torch.cat([one, torch.arange(10)[None]], dim=1))

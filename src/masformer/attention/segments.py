@@ -55,6 +55,8 @@ class Segments:
     """None where `pieces` never were."""
     position: int | None = None
     """As `Row.position`, while `rows` is None."""
+    reach: int = dataclasses.field(default=0, compare=False)
+    """One more than the largest position id of the new tokens."""
 
     @classmethod
     def of(
@@ -83,7 +85,8 @@ class Segments:
             expected = previous.position if previous and seen else None
             start = _single_start(positions, expected, seen)
             if start is not None:
-                return cls(seen, new, position=start + new)
+                _refuse_negative(start)
+                return cls(seen, new, position=start + new, reach=start + new)
         ranges = None if attention_mask is None else _real_ranges(mask, batch, seen + new)
         return _cut(batch, seen, new, previous, ranges, positions)
 
@@ -91,14 +94,6 @@ class Segments:
     def batch_rows(self) -> int | None:
         """How many rows the documents were recorded for; None where every row is alike."""
         return None if self.rows is None else len(self.rows)
-
-    @property
-    def reach(self) -> int:
-        """How many positions the documents reach so far: one more than the largest position id."""
-        if self.rows is None or self.pieces is None:
-            return self.position or 0
-        ends = [piece.stop - piece.begin for piece in self.pieces]
-        return max([0, *ends, *(row.position or 0 for row in self.rows)])
 
     def first_needed(self, span: Span) -> int:
         """The first column, beside sinks, that any later token can see: what lies before may be dropped.
@@ -195,6 +190,7 @@ def _cut(
     ids = ids.expand(batch, -1)
     pieces: list[Piece] = []
     rows = []
+    reach = 0
     for index in range(batch):
         row = before[index]
         lo, hi = ranges[index] if ranges is not None else (row.low, seen + new)
@@ -205,7 +201,16 @@ def _cut(
         cut, row = _cut_row(index, row, seen, seen + new, lo, hi, ids[index])
         pieces += cut
         rows.append(row)
-    return Segments(seen, new, tuple(pieces), tuple(rows))
+        if cut:
+            real = ids[index, cut[0].first - seen : cut[-1].stop - seen]
+            _refuse_negative(int(real.min()))
+            reach = max(reach, int(real.max()) + 1)
+    return Segments(seen, new, tuple(pieces), tuple(rows), reach=reach)
+
+
+def _refuse_negative(position: int) -> None:
+    if position < 0:
+        raise UnsupportedSpan(f"position_ids begin at {position}: positions count from 0")
 
 
 def _real_ranges(mask: Tensor | None, batch: int, columns: int) -> list[tuple[int, int]]:
