@@ -11,6 +11,7 @@ from masformer.attention import UnsupportedSpan
 from masformer.errors import InputError
 from masformer.models.cache import SpanCache
 from masformer.models.convert import applied, convert, is_converted, restore
+from masformer.models.positions import extend
 from masformer.models.selfcheck import selfcheck
 
 from .helpers import MIXED, logits, tiny, tokens
@@ -146,3 +147,12 @@ def test_negative_positions(start: int) -> None:
         logits(model, tokens(10), position_ids=one)
     with pytest.raises(UnsupportedSpan, match=f"begin at {start}"):
         logits(model, tokens(20), position_ids=torch.cat([one, torch.arange(10)[None]], dim=1))
+
+
+def test_a_gpt_neo_that_was_restored_inside_inference_mode_can_be_trained() -> None:
+    model, ids = tiny("gpt_neo"), tokens(20)
+    with torch.inference_mode(), applied(model, MIXED):
+        model(ids)
+    with torch.inference_mode():
+        extend(model, 2048, "tile")
+    model(input_ids=ids, labels=ids).loss.backward()

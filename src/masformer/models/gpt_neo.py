@@ -42,13 +42,14 @@ class SpanGPTNeoAttention(Front):
 
     def left(self: Any) -> None:
         """Put the mask back."""
-        self.bias = nn.Buffer(square(self).to(self.k_proj.weight.device), persistent=False)
+        self.bias = nn.Buffer(square(self, self.k_proj.weight.device), persistent=False)
 
 
-def square(module: Any) -> Tensor:
+@torch.inference_mode(False)  # training could not use a tensor that was made inside inference_mode
+def square(module: Any, device: torch.device) -> Tensor:
     """The mask that a GPTNeoSelfAttention holds for the maximum in its config, `[1, 1, length, length]`."""
-    seen = torch.ones(module.config.max_position_embeddings, module.config.max_position_embeddings, dtype=torch.bool)
-    seen = seen.tril()
+    length = module.config.max_position_embeddings
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if module.attention_type == "local":
         seen ^= seen.tril(-module.config.window_size)
     return seen[None, None]

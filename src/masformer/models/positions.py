@@ -114,6 +114,7 @@ def extended_config(config: PreTrainedConfig, length: int, method: str) -> PreTr
     return longer
 
 
+@torch.inference_mode(False)
 def extend(model: PreTrainedModel, length: int, method: str) -> PreTrainedModel:
     """Give `model` `length` positions, in place, and return it: what its `extended_config` would load as.
 
@@ -272,4 +273,4 @@ def _lengthen_masks(model: PreTrainedModel) -> None:
     for module in attention_modules(model):
         mask = getattr(module, "bias", None)
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            module.bias = square(module).to(mask.device)
+            module.bias = square(module, mask.device)
