@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPTJConfig, PreTrainedModel
 
 from masformer.attention import UnsupportedSpan
@@ -287,8 +288,6 @@ def test_a_missing_shard(tmp_path: Path) -> None:
 
 
 def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -436,3 +435,18 @@ def test_unconverted_folders_load_as_they_are(tmp_path: Path) -> None:
     assert not is_converted(loaded)
     expected = SpanPlan((Full(), Full(), Window(8), Window(8)))
     assert plan_of(loaded) == load_config(str(tmp_path))[1] == expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gpt_neox"])
+def test_masks_that_older_transformers_saved_are_not_weights(family: str, tmp_path: Path) -> None:
+    model = tiny(family, torch.float32)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    where = {"gpt2": "h.0.attn", "gpt_neo": "transformer.h.0.attn.attention", "gpt_neox": "gpt_neox.layers.0.attention"}
+    tensors |= {
+        f"{where[family]}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        f"{where[family]}.masked_bias": torch.tensor(-1e9),
+    }
+    save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(load(str(tmp_path))(tokens(9)).logits, model(tokens(9)).logits)

@@ -499,6 +499,38 @@ def test_a_text_that_is_too_long_is_refused_with_the_remedy() -> None:
             check_positions(longer, 4097)
 
 
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": OLD}, 4 * OLD),  # Qwen2.5's recipe
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": OLD // 4}, OLD),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2 * OLD),
+        ({"rope_type": "linear", "factor": 2.0}, OLD),
+    ],
+)
+def test_a_parent_that_comes_scaled_has_the_positions_of_its_scaling(rope: dict[str, Any], most: int) -> None:
+    config = config_of("llama", rope_parameters={"rope_theta": THETA, **rope})
+    assert max_positions(config) == most
+    with torch.no_grad():
+        convert(AutoModelForCausalLM.from_config(config), SpanPlan((Full(),) * 2))(input_ids=tokens(most))
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_left_padding_takes_no_positions_in_generation(name: str) -> None:
+    model = convert(tiny(name), SpanPlan((Full(), Window(16))))
+    ids, mask = tokens(OLD + 8), torch.ones(1, OLD + 8, dtype=torch.long)
+    mask[:, :12] = 0
+    with torch.no_grad():
+        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        alone = model.generate(input_ids=ids[:, 12:], max_new_tokens=4, do_sample=False)
+        assert torch.equal(made[:, 12:], alone)
+        if name == "opt":  # which makes its positions from the mask
+            padded = model(input_ids=ids, attention_mask=mask).logits[:, 12:]
+            torch.testing.assert_close(padded, model(input_ids=ids[:, 12:]).logits, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="65 tokens are more than"):
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6)
+
+
 def test_no_maximum_is_no_limit() -> None:
     config = CONFIG_MAPPING["mamba"]()
     assert max_positions(config) is None

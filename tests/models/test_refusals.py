@@ -1,20 +1,25 @@
 """Settings that a converted model would otherwise take and not follow, and those that it must follow."""
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoFlashAttention2, GPTNeoSelfAttention
 
 from masformer.attention import UnsupportedSpan
 from masformer.errors import InputError
+from masformer.models import fronts
 from masformer.models.cache import SpanCache
 from masformer.models.convert import applied, convert, is_converted, restore
 from masformer.models.positions import extend
 from masformer.models.selfcheck import selfcheck
+from masformer.models.spanned import fronts_of
 
-from .helpers import MIXED, logits, tiny, tokens
+from .helpers import MIXED, logits, state, tiny, tokens
 
 
 def test_attention_in_both_directions() -> None:
@@ -156,3 +161,39 @@ def test_a_gpt_neo_that_was_restored_inside_inference_mode_can_be_trained() -> N
     with torch.inference_mode():
         extend(model, 2048, "tile")
     model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), [("llama", 0), ("llama", 1), ("gpt_neo", 0), ("gpt_neo", 2), ("gpt_neo", 5)]
+)
+def test_a_conversion_that_stops_half_way_is_taken_back(
+    family: str, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stops it, after however many classes are in front."""
+    model, ids = tiny(family), tokens(20)
+    before, expected = state(model), logits(model, ids)
+    left = part
+
+    def stopping(*args: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        fronts.enter(*args)
+
+    monkeypatch.setattr(importlib.import_module("masformer.models.convert"), "enter", stopping)
+    assert part < len(fronts_of(model))
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, MIXED)
+    assert state(model) == before
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_a_gpt_neo_with_flash_attention_is_refused() -> None:
+    model = tiny("gpt_neo")
+    before = state(model)
+    model.transformer.h[1].attn.attention.__class__ = GPTNeoFlashAttention2
+    with pytest.raises(InputError, match="load it with 'eager'"):
+        convert(model, MIXED)
+    model.transformer.h[1].attn.attention.__class__ = GPTNeoSelfAttention
+    assert state(model) == before

@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ from .families import class_of, family_of, native_plan
 
 OUTPUT_SETTINGS = ("output_hidden_states", "output_attentions", "return_dict")
 """Fields that every config has and the auto class sets on ours."""
+
+OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
+"""Masks over all pairs, which GPT-2, GPT-Neo and GPT-NeoX once saved among their weights; the model makes them anew."""
 
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -108,6 +112,7 @@ def _load_strictly(
         model, info = cls.from_pretrained(folder or source, config=config, **{**kwargs, **strict})
     except SafetensorError as error:
         raise CorruptError(f"the weights in {source} are damaged ({error}): copy or download them again") from error
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not OLD_MASKS.search(key)}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(kind):
             first = sorted(map(str, info[kind]))[0]

@@ -45,22 +45,39 @@ def convert(model: PreTrainedModel, plan: SpanPlan, *, check: bool = True) -> Pr
     _refuse(model)
     check_length(plan, model.config)
     before = plan_of(model) if is_converted(model) else None
-    for module, span in zip(attention_modules(model), plan, strict=True):
-        module.span = span  # type: ignore[assignment]
     if before is None:
         model._attention_before = model.config._attn_implementation
-        model.config._attn_implementation = NAME
-        for part, front in fronts_of(model):
-            enter(part, front)
-    if check:
-        try:
+    try:
+        _set_spans(model, plan)
+        if before is None:
+            model.config._attn_implementation = NAME
+            for part, front in fronts_of(model):
+                enter(part, front)
+        if check:
             selfcheck(model)
-        except BaseException:
-            restore(model)
-            if before is not None:
-                convert(model, before, check=False)
-            raise
+    except BaseException:
+        if before is None:
+            _take_off(model)
+        else:
+            _set_spans(model, before)
+        raise
     return model
+
+
+def _set_spans(model: PreTrainedModel, plan: SpanPlan) -> None:
+    for module, span in zip(attention_modules(model), plan, strict=True):
+        module.span = span  # type: ignore[assignment]
+
+
+def _take_off(model: PreTrainedModel) -> None:
+    """Undo a conversion, or as much of one as was done."""
+    for part, front in reversed(fronts_of(model)):
+        if front_of(part) is front:
+            leave(part)
+    for module in attention_modules(model):
+        vars(module).pop("span", None)
+    model.config._attn_implementation = model._attention_before  # type: ignore[assignment]
+    del model._attention_before
 
 
 def _refuse(model: PreTrainedModel) -> None:
@@ -84,16 +101,10 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_converted(model):
         raise InputError(f"{type(model).__name__} is not converted: there is nothing to restore")
-    fronts = fronts_of(model)
-    for part, front in fronts:
+    for part, front in fronts_of(model):
         if front_of(part) is not front:
             raise InputError(f"another library has changed the class of {type(part).__name__}: undo that first")
-    for module in attention_modules(model):
-        del module.span
-    model.config._attn_implementation = model._attention_before  # type: ignore[assignment]
-    del model._attention_before
-    for part, _ in fronts:
-        leave(part)
+    _take_off(model)
     return model
 
 

@@ -31,6 +31,8 @@ class Family:
     """Path from the decoder to the table of learned positions; empty for rotary positions (RoPE)."""
     first_row: int = 0
     """Row of position 0 in that table."""
+    counts_real: bool = False
+    """Whether positions that nobody gave count real tokens alone, and not the row's padding too."""
     refused: tuple[str, ...] = ()
     """Config fields that make attention something else than causal self-attention; they must be unset."""
 
@@ -66,7 +68,7 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(),
     "olmo3": _TYPES,
     "olmoe": Family(),
-    "opt": Family(decoder="decoder", table="embed_positions", first_row=2),
+    "opt": Family(decoder="decoder", table="embed_positions", first_row=2, counts_real=True),
     "phi": Family(),
     "phi3": _WINDOW,
     "qwen2": _TYPES,

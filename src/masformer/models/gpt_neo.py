@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoFlashAttention2
 
 from ..attention.blockwise import MOST_CHUNK
+from ..errors import InputError
 from ..spans import Full, PlanError, SpanPlan, Window
 from .fronts import Front
 from .interface import span_attention
@@ -37,7 +39,13 @@ class SpanGPTNeoAttention(Front):
         return out.transpose(1, 2).to(value.dtype), weights
 
     def entered(self: Any) -> None:
-        """Take the mask off."""
+        """Take the mask off.
+
+        Raises:
+            InputError: flash attention, which goes round `_attn`.
+        """
+        if isinstance(self, GPTNeoFlashAttention2):
+            raise InputError("a GPT-Neo with flash_attention_2 cannot be converted: load it with 'eager'")
         del self.bias
 
     def left(self: Any) -> None:

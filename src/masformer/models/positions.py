@@ -63,12 +63,24 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     """How many positions a model has; None: no limit is known.
 
     Read this and not `max_position_embeddings`, which for dynamic NTK stays what it was: transformers takes it for
-    the original maximum, and would never scale if it were raised.
+    the original maximum, and would never scale if it were raised. Parents that come scaled may leave it there for
+    yarn too (Qwen2.5's recipe). With linear scaling some raise it and some do not, and nothing tells them apart: it is
+    taken as it stands.
     """
     done = getattr(config, "extended_positions", None)
     if done and done["method"] == "dynamic":
         return done["to"]
-    return getattr(config, "max_position_embeddings", None)
+    most: int | None = getattr(config, "max_position_embeddings", None)
+    if most is None or not getattr(config, "rope_parameters", None):
+        return most
+    rope = _rope(config)
+    factor = rope.get("factor") or 1.0
+    match _rope_type(config):
+        case "yarn":
+            return max(most, round(rope["original_max_position_embeddings"] * factor))
+        case "dynamic":
+            return round(most * factor)
+    return most
 
 
 def check_positions(config: PreTrainedConfig, length: int) -> None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention import Segments, UnsupportedSpan
 from .cache import SpanCache
 from .config import saved_as_converted
-from .families import attention_modules, decoder_of, spans_on
+from .families import attention_modules, decoder_of, family_of, spans_on
 from .fronts import Front
 from .gpt_neo import SpanGPTNeoAttention
 from .interface import NAME, current
@@ -39,6 +40,8 @@ class SpanDecoder(SpanPart):
             return super().forward(**kwargs)  # type: ignore[misc]  # says what is missing
         batch, new = tokens.shape[:2]
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if positions is None and isinstance(mask, Tensor) and family_of(self.config).counts_real:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[..., -new:]
         cache = self._span_cache(kwargs)
         previous = None if cache is None else cache.timeline.segments
         segments = Segments.of(batch, new, previous=previous, attention_mask=mask, position_ids=positions)
@@ -113,7 +116,9 @@ class SpanModel(Front):
         """Refuse other caches and too many tokens before any work; a plain cache is adopted before `generate` asks it
         to record.
         """
-        check_positions(self.config, tokens)
+        mask = model_kwargs.get("attention_mask")
+        padding = int((mask.cumsum(-1) == 0).sum(-1).min()) if isinstance(mask, Tensor) else 0
+        check_positions(self.config, tokens - padding)
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise UnsupportedSpan(
