@@ -30,6 +30,7 @@ from .cli_output import (
     write_whole,
 )
 from .cli_plan import PlanFlags, cost_table, costed, described, in_one_line, in_words, pairs, percent, takes_plan
+from .cli_train import Debug, Json, fetch, train
 from .errors import InputError
 from .spans import Full, SpanPlan
 
@@ -45,8 +46,6 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or GGUF file, converted or not.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")]
 
 
@@ -152,8 +151,8 @@ def convert(
 
     Example: masformer convert MODEL OUT --layout masformer --full 4 --block 1024
     """
-    from .evaluation.texts import has_tokenizer, load_tokenizer, quiet
     from .models.positions import extend
+    from .models.tokenizer import has_tokenizer, load_tokenizer, quiet
 
     quiet()
     refuse_used(out)
@@ -196,6 +195,10 @@ def _check_extension(model: str, length: int | None, method: str | None) -> None
     extended_config(config, length, method)
 
 
+app.command()(train)
+app.command()(fetch)
+
+
 @app.command("eval")
 @takes_plan
 def evaluate(
@@ -214,7 +217,7 @@ def evaluate(
     Example: masformer eval MODEL OUT --data speeches.jsonl --length 4096 --items 10
     """
     from .data.documents import read_documents
-    from .evaluation.texts import quiet
+    from .models.tokenizer import quiet
 
     quiet()
     documents = read_documents(data)
@@ -229,9 +232,10 @@ def evaluate(
 
 
 def _cut(model: str, flags: PlanFlags, documents: Sequence[Document], length: int, items: int) -> Cut:
-    from .evaluation.texts import cut_documents, load_tokenizer
+    from .evaluation.texts import cut_documents
     from .models.checkpoint import load_config
     from .models.positions import check_positions
+    from .models.tokenizer import load_tokenizer
 
     config, own = load_config(model)
     flags.plan_for(len(own), own)
@@ -292,9 +296,9 @@ def generate(
     """
     text = _prompt(prompt, prompt_file)
     from .evaluation.generation import generate_text, prompt_ids
-    from .evaluation.texts import load_tokenizer, quiet
     from .models.checkpoint import load_config
     from .models.positions import check_positions
+    from .models.tokenizer import load_tokenizer, quiet
 
     quiet()
     config, own = load_config(model)
@@ -341,7 +345,7 @@ def demo(
     Example: masformer demo --out demo
     """
     from .demo import run as run_demo
-    from .evaluation.texts import quiet
+    from .models.tokenizer import quiet
 
     quiet()
     facts = run_demo(out, device=device, say=say if json else print)

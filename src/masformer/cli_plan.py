@@ -234,10 +234,10 @@ def costed(
     model: str, flags: PlanFlags, length: int | None
 ) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
     """Plan, length, facts for `--json`, and what the model costs by itself and with the plan; loads no weights."""
-    from .evaluation.texts import quiet
     from .models.checkpoint import load_config
     from .models.families import native_plan, shape_of
     from .models.positions import max_positions
+    from .models.tokenizer import quiet
     from .report.picture import default_length
 
     quiet()

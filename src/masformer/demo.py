@@ -25,11 +25,12 @@ from .data.tasks import passkeys
 from .evaluation.generation import generate_text, prompt_ids
 from .evaluation.loss import loss_by_position
 from .evaluation.recall import recall
-from .evaluation.texts import cut_documents, load_tokenizer
+from .evaluation.texts import cut_documents
 from .models.checkpoint import load
 from .models.convert import applied, is_converted, plan_of
 from .models.families import shape_of
 from .models.selfcheck import selfcheck
+from .models.tokenizer import load_tokenizer
 from .spans import SpanPlan, Window, cost, layout
 
 LENGTH = 4096

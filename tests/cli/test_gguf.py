@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from masformer.cli import run
 from masformer.errors import InputError
-from masformer.evaluation.texts import has_tokenizer, load_tokenizer
 from masformer.models.checkpoint import load
+from masformer.models.tokenizer import has_tokenizer, load_tokenizer
 from tests.models.test_loading import logits, write_gguf
 
 from .conftest import LAYERS, LOCAL, PLAN, TEXT, answer, refusal, small_tokenizer

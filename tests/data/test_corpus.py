@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from masformer import files
 from masformer.data import corpus as corpus_module
 from masformer.data.corpus import Corpus, Counts, fingerprint
 from masformer.data.documents import Document, Source
@@ -192,8 +193,10 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(lines, tokenizer, tmp
     cache = tmp_path / "cache"
     pid = forked()
     if pid == 0:
-        target = {"write": "_finish", "manifest": "_sync", "rename": "_put"}[moment]
-        monkeypatch.setattr(corpus_module, target, lambda *_: os._exit(9))
+        place = {"write": (corpus_module, "write_manifest"), "manifest": (files, "sync"), "rename": (os, "rename")}[
+            moment
+        ]
+        monkeypatch.setattr(*place, lambda *_: os._exit(9))
         Corpus.build(lines, tokenizer, cache, eos=True)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

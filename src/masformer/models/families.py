@@ -33,30 +33,33 @@ class Family:
     """Row of position 0 in that table."""
     counts_real: bool = False
     """Whether positions that nobody gave count real tokens alone, and not the row's padding too."""
+    logits: Literal["", "logit_scale", "logits_scaling", "final_logit_softcapping"] = ""
+    """Config field that the family's logits are multiplied by, divided by or capped at after the head, if any."""
     refused: tuple[str, ...] = ()
     """Config fields that make attention something else than causal self-attention; they must be unset."""
 
 
 _WINDOW = Family(native="sliding_window")
 _TYPES = Family(native="layer_types")
+_GEMMA = dataclasses.replace(_TYPES, logits="final_logit_softcapping", refused=("use_bidirectional_attention",))
 
 FAMILIES: dict[str, Family] = {
     "apertus": Family(),
     "arcee": Family(),
-    "cohere": Family(),
-    "cohere2": _TYPES,
+    "cohere": Family(logits="logit_scale"),
+    "cohere2": dataclasses.replace(_TYPES, logits="logit_scale"),
     "ernie4_5": Family(),
     "exaone4": _TYPES,
     "gemma": Family(refused=("use_bidirectional_attention",)),
-    "gemma2": dataclasses.replace(_TYPES, refused=("use_bidirectional_attention",)),
-    "gemma3_text": dataclasses.replace(_TYPES, refused=("use_bidirectional_attention",)),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "glm4": Family(),
     "gpt2": Family(layers="h", attention="attn", table="wpe", refused=("add_cross_attention",)),
     "gpt_neo": Family(layers="h", attention="attn.attention", native="attention_layers", table="wpe"),
     "gpt_neox": Family(attention="attention"),
     "gpt_oss": _TYPES,
-    "granite": Family(),
-    "granitemoe": Family(),
+    "granite": Family(logits="logits_scaling"),
+    "granitemoe": Family(logits="logits_scaling"),
     "hunyuan_v1_dense": Family(),
     "llama": Family(),
     "ministral": _TYPES,

@@ -1,0 +1,124 @@
+"""Folders of files that are whole or not there at all.
+
+with disk_errors(target):
+    ...                                       # fill the folder `built`, which lies beside `target`
+    write_manifest(built, {"format": 1, ...})
+    put(built, target)
+read_manifest(target)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import CorruptError, InputError, MasformerError, ResourceError
+
+MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 of a value's canonical JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def difference(found: Any, expected: Any, name: str = "") -> str:
+    """The first place where two JSON values differ, and both values; empty where they are equal."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        keys = [*expected, *(key for key in found if key not in expected)]
+        parts = (difference(found.get(key), expected.get(key), f"{name}.{key}".strip(".")) for key in keys)
+        return next(filter(None, parts), "")
+    return "" if found == expected else f"{name} is {found!r} in the state and {expected!r} here"
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest.json`, which must not be there yet: JSON with a digest of itself as its last field."""
+    with (folder / MANIFEST).open("xb") as stream:
+        stream.write(_encoded(json.loads(json.dumps(manifest))))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` was given, as JSON gives it back.
+
+    Raises:
+        CorruptError: no manifest, or one of which a single byte is another.
+    """
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise CorruptError(f"{folder} is not complete, delete it: {MANIFEST}: {error.strerror}") from error
+    with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        manifest: Any = json.loads(content)
+        manifest.pop("digest")
+        if content == _encoded(manifest):
+            return dict(manifest)
+    raise CorruptError(f"{folder / MANIFEST} is damaged: delete the folder")
+
+
+def _encoded(manifest: dict[str, Any]) -> bytes:
+    return json.dumps({**manifest, "digest": digest(manifest)}, indent=1).encode()
+
+
+def sync(folder: Path) -> None:
+    """Wait until a folder and everything in it is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def put(built: Path, target: Path) -> None:
+    """Give a finished folder its name, once all of it is on the disk; both names are on one file system.
+
+    Raises:
+        FileExistsError: a folder that is not empty has this name; it is left as it is.
+        OSError: the disk refused; then `target` is what it was, unless only the waiting for the new name failed.
+    """
+    sync(built)
+    try:
+        built.rename(target)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
+    _sync(target.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Inside, `target` is written: what the disk refuses becomes an error of one line.
+
+    Raises:
+        ResourceError: the disk, or what may be used of it, is full.
+        InputError: a place that cannot be written for another reason.
+    """
+    try:
+        yield
+    except MasformerError:
+        raise
+    except Exception as error:
+        # safetensors reports a full disk by its own exception, which is no OSError
+        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
+            raise ResourceError(f"cannot write {target}: the disk is full; free some space") from error
+        if isinstance(error, OSError):
+            raise InputError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
+        raise

@@ -1,0 +1,107 @@
+"""How fast a run goes, and how much of what the hardware can do it uses."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .loss import Losses
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOPs per second of a large matrix product on this device now: what a share of the hardware is counted by."""
+    size *= 1 if device.type == "cpu" else 8
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: of the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class Meter:
+    """Tokens, nats and time of the steps since the last line of metrics.
+
+    Args:
+        flops: of training on one sequence of so many tokens.
+        peak: FLOPs per second of one process's device, from `matmul_peak`.
+        device: where memory is measured.
+    """
+
+    def __init__(self, flops: Callable[[int], float], peak: float, device: torch.device) -> None:
+        self._flops, self._peak, self._device = flops, peak, device
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begin to count, at so many steps done."""
+        self._step, self._began = step, time.perf_counter()
+        self._tokens = self._predicted = 0
+        self._work = 0.0
+        self._nats = self._kl = torch.zeros((), dtype=torch.float64)
+
+    def add(self, ids: Tensor, losses: Losses) -> None:
+        """A micro-batch `[batch, tokens]` of this process."""
+        self._tokens += ids.numel()
+        self._work += len(ids) * self._flops(ids.shape[1])
+        self._predicted += losses.tokens
+        self._nats, self._kl = self._nats + losses.nats.double().cpu(), self._kl + losses.kl.double().cpu()
+
+    @property
+    def loss(self) -> float:
+        """Nats per token of this process since the last line."""
+        return float(self._nats) / max(1, self._predicted)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
+
+    def since_last(self, step: int, steps: int, accelerator: Any) -> dict[str, float]:
+        """The numbers since the last call, over all processes.
+
+        nats, kl: per predicted token. tokens_per_second, of all processes. mfu: FLOPs of the model by `spans.cost`,
+        per second and process, over the peak. peak_memory in bytes, of the process that has most. seconds_left.
+        """
+        seconds = time.perf_counter() - self._began
+        own = [self._tokens, self._predicted, float(self._nats), float(self._kl), self._work]
+        sums = torch.tensor(own, dtype=torch.float64, device=self._device)
+        memory = torch.tensor([peak_memory(self._device)], dtype=torch.float64, device=self._device)
+        tokens, predicted, nats, kl, work = accelerator.reduce(sums).tolist()
+        numbers = {
+            "nats": nats / max(1.0, predicted),
+            "kl": kl / max(1.0, predicted),
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "mfu": work / seconds / accelerator.num_processes / self._peak,
+            "peak_memory": float(accelerator.gather(memory).max()),
+            "seconds_left": seconds / max(1, step - self._step) * (steps - step),
+        }
+        self.start(step)
+        return numbers
