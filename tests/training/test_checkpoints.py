@@ -281,7 +281,25 @@ def test_a_checkpoint_that_went_bad_while_training_no_longer_counts(run):
         require(checkpoints.newest(pytest.fail), 1)
         save(checkpoints, 2)
         require(checkpoints.newest(pytest.fail), 2)
-    assert names(run) == ["checkpoint-2"]
+        assert names(run) == ["checkpoint-2"]
+        save(checkpoints, 4)
+        (run / "checkpoint-4" / "model.bin").unlink()
+        with pytest.raises(CorruptError, match="no checkpoint"):
+            checkpoints.newest([].append)
+        save(checkpoints, 3)
+        require(checkpoints.newest([].append), 3)
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next_save(two):
+    (two / ".scratch" / "checkpoint-3").mkdir(parents=True)
+    (two / ".scratch" / "checkpoint-3" / "half").write_text("")
+    (two / ".replaced").mkdir()
+    (two / "checkpoint-2").rename(two / ".replaced" / "checkpoint-2")
+    with Checkpoints(two, IDENTITY) as checkpoints, checkpoints.writing(3, {"at": 3}) as folder:
+        assert list(folder.iterdir()) == []
+        assert names(two) == [".scratch", "checkpoint-1", "checkpoint-2"]
+        fill(folder, 3)
+    require(newest(two), 3)
 
 
 def test_what_is_not_ours_is_never_deleted(two):

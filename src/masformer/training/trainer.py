@@ -125,13 +125,12 @@ class SpanTrainer(transformers.Trainer):
             data_collator=collate,
             train_dataset=train,
             eval_dataset=train,  # not read: `evaluate` below goes through `held_out`
-            processing_class=tokenizer,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the tokens of the whole step are counted
         self.train_sequences, self.held_out, self.checkpoints, self.meter = train, held_out, checkpoints, meter
-        self.teacher, self.distill = teacher, distill
+        self.tokenizer, self.teacher, self.distill = tokenizer, teacher, distill
         self.gradient_limit, self.say = gradient_limit, say or (lambda line: None)
         self.evaluated: dict[str, float] = {}
         """What the last evaluation gave."""
@@ -233,6 +232,12 @@ class SpanTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As transformers does, but for its arguments as a pickle."""
+        """As transformers does, but for its arguments as a pickle; with the tokenizer.
+
+        A tokenizer that transformers knew of would change the model's config to fit it.
+        """
         super()._save(output_dir, state_dict)
-        Path(output_dir or str(self.args.output_dir), "training_args.bin").unlink(missing_ok=True)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.is_world_process_zero():
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            self.tokenizer.save_pretrained(folder)
