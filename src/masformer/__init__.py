@@ -11,6 +11,8 @@ Importing this package makes the model type `masformer` known to transformers' a
 attention function of that name; nothing that exists there is changed.
 """
 
+from typing import Any
+
 from .attention import UnsupportedSpan, attend
 from .errors import CorruptError, InputError, MasformerError, ResourceError
 from .models.cache import SpanCache
@@ -19,6 +21,20 @@ from .models.convert import applied, convert, is_converted, plan_of, restore
 from .spans import Block, Full, PlanError, SpanPlan, Window, layout
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`train` and `read_recipe`, which need the extra `train`, are imported when they are asked for."""
+    if name == "train":
+        from .training.run import train
+
+        return train
+    if name == "read_recipe":
+        from .training.recipe import read_recipe
+
+        return read_recipe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Block",
@@ -39,5 +55,7 @@ __all__ = [
     "layout",
     "load",
     "plan_of",
+    "read_recipe",
     "restore",
+    "train",
 ]

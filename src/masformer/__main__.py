@@ -1,0 +1,5 @@
+"""`python -m masformer`, which torchrun takes too."""
+
+from .cli import main
+
+main()
