@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from .cli_output import INTERRUPTED, UsageError, print_json, say
 from .cli_plan import in_words, percent
+from .errors import InputError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -35,17 +37,21 @@ def train(
 
     Example: masformer train recipes/smollm2-sotu.yaml training.steps=20 output=runs/short
     """
+    try:
+        from .training.prepare import prepare
+        from .training.recipe import read_recipe
+        from .training.run import train as run
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs {error.name}: pip install 'masformer[train]'") from error
     from .models.tokenizer import quiet
-    from .training.prepare import prepare
-    from .training.recipe import read_recipe
-    from .training.run import train as run
 
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, which all run this
     read = read_recipe(recipe, changes or [])
     quiet()
     with _counting() as count:
         prepared = prepare(read, progress=lambda counts: count(counts.tokens))
     facts = prepared.facts()
-    if not json:
+    if first and not json:
         _print_facts(facts)
     prepared.refuse_too_large()
     if dry_run:
@@ -54,14 +60,14 @@ def train(
         return
     with _steps(read.training.steps, json) as show:
         result = run(read, prepared=prepared, say=say, progress=show)
-    if json:
+    if first and json:
         print_json({**facts, **result})
-    else:
+    elif first:
         print(f"{result['checkpoint']}: {result['step']} of {read.training.steps} steps done")
-    if result["signal"]:
+    if first and result["signal"]:
         say(f"stopped by {result['signal']}; the same command goes on")
-        if result["signal"] == signal.Signals.SIGINT.name:
-            raise typer.Exit(INTERRUPTED)
+    if result["signal"] == signal.Signals.SIGINT.name:
+        raise typer.Exit(INTERRUPTED)
 
 
 def fetch(

@@ -126,7 +126,7 @@ class Prepared:
         layers = shape.layers
         activations = kept + 4 * layers * tokens * shape.hidden if training.recompute else kept * layers
         return {
-            "memory": weights + activations + LOGIT_COPIES * CHUNK_BYTES,
+            "memory": PROGRAM + weights + activations + LOGIT_COPIES * CHUNK_BYTES,
             "checkpoint": 12 * trained,
         }
 
@@ -164,6 +164,8 @@ KEPT_PER_WIDTH = 2
 """Numbers that a layer keeps for the backward pass, per token and per output of its linear maps (their own results,
 norms, rotary and gated products); measured on SmolLM2 (docs/log.md)."""
 LOGIT_COPIES = 4
+PROGRAM = 600_000_000
+"""Bytes of the program itself and its libraries."""
 
 
 def prepare(recipe: Recipe, progress: Callable[[Counts], None] | None = None) -> Prepared:

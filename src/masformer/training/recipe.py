@@ -7,12 +7,15 @@ Every key is one of those below, or the recipe is refused. Paths are relative to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..data.documents import Source
 from ..data.sequences import checked_lengths
@@ -21,8 +24,10 @@ from ..spans import PlanError, SpanPlan, layout, parse_span
 
 Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1, strict=False)]  # not strict: to YAML 1e-4 is a text, 1.0e-4 a number
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]
 
 
 class Part(BaseModel):
@@ -54,7 +59,7 @@ class Positions(Part):
 class Hub(Part):
     """Documents of a hub id; see `masformer.data.documents.Source`."""
 
-    id: str
+    id: Text
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -68,7 +73,7 @@ class Hub(Part):
 class RecallShare(Part):
     """Which share of the sequences are recall items instead of documents; see `masformer.data.recall`."""
 
-    share: Annotated[float, Field(gt=0, lt=1, strict=False)]
+    share: Annotated[float, Field(gt=0, lt=1)]
     loss_on: Literal["answer", "all"] = "all"
 
 
@@ -80,18 +85,27 @@ class Data(Part):
     cache: folder of the tokenised documents.
     """
 
-    documents: str | Hub
-    held_out: str | Hub | int | float = 0.05
+    documents: Place | Hub
+    held_out: Place | Hub | int | float = 0.05
     mode: Literal["packed", "single"] = "packed"
     lengths: Count | list[list[int]] = 2048
     end_token: bool = True
     recall: RecallShare | None = None
-    cache: str = "corpora"
+    cache: Place = "corpora"
+
+    @field_validator("held_out")
+    @classmethod
+    def _held_out(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+            raise ValueError("write a number of documents (1 or more), or which part of them (between 0 and 1)")
+        return value
 
     @field_validator("lengths")
     @classmethod
     def _lengths(cls, value: Any) -> Any:
-        checked_lengths(value if isinstance(value, int) else [tuple(stage) for stage in value])
+        if not isinstance(value, int) and any(len(stage) != 2 for stage in value):
+            raise ValueError("a stage of a curriculum is [first step, tokens]")
+        checked_lengths(value)
         return value
 
 
@@ -122,14 +136,14 @@ class Training(Part):
     learning_rate: Positive = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Whole = 0
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.95)
     max_gradient_norm: Positive = 1.0
     gradient_limit: Positive = 1000.0
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = False
     lora: Lora | None = None
-    distill: Annotated[float, Field(ge=0, le=1, strict=False)] = 0.0
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Whole = 0
 
 
@@ -157,8 +171,8 @@ class Logging(Part):
 class Recipe(Part):
     """A whole run. `plan` is the text of a plan or a layout; None keeps the model's own spans."""
 
-    model: str
-    output: str
+    model: Place
+    output: Place
     plan: str | Layout | None = None
     positions: Positions | None = None
     data: Data
@@ -180,7 +194,8 @@ class Recipe(Part):
     def _batches(self) -> Recipe:
         if self.training.batch % self.training.micro_batch:
             raise ValueError(
-                f"training.batch {self.training.batch} is no multiple of micro_batch {self.training.micro_batch}"
+                f"training.batch {self.training.batch} is no multiple of training.micro_batch "
+                f"{self.training.micro_batch}"
             )
         return self
 
@@ -195,8 +210,25 @@ class Recipe(Part):
         settings = self.model_dump(mode="json", include={"plan", "positions", "data", "training"})
         for name in ("documents", "held_out", "cache"):
             del settings["data"][name]  # the sequences' own identity stands for them
-        del settings["training"]["micro_batch"]
+        for name in ("micro_batch", "recompute", "gradient_limit"):
+            del settings["training"][name]
         return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of YAML 1.2, and in which no key stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"the key {name} stands twice in one place")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # PyYAML takes 1e-4 for a text and 1.0e-4 for a number
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def read_recipe(file: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -206,11 +238,11 @@ def read_recipe(file: Path, changes: Sequence[str] = ()) -> Recipe:
         InputError: no such file, no YAML, a key that is unknown or missing, a value that cannot be.
     """
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = _read_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"cannot read {file} as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"{file} holds no recipe: write keys and values")
     for change in changes:
@@ -223,34 +255,84 @@ def read_recipe(file: Path, changes: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{file}: {error}") from error
 
 
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _change(settings: dict[str, Any], change: str) -> None:
     key, given, text = change.partition("=")
     *parents, last = key.split(".")
     if not given or not all([*parents, last]):
         raise InputError(f"cannot read the change {change!r}: write for example training.steps=20")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"the value of the change {change!r} is not YAML") from error
+        value = _read_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"cannot read the value of the change {change!r} as YAML") from error
     place = settings
     for name in parents:
-        place = place.setdefault(name, {})
+        if place.get(name) is None:
+            place[name] = {}
+        place = place[name]
         if not isinstance(place, dict):
             raise InputError(f"the change {change!r} goes into {name}, which has no keys")
     place[last] = value
 
 
-TYPES = ("str", "int", "float", "list[int]", "list[list[int]]", "constrained-int", "Layout", "Hub")
-"""What pydantic puts into the place of a fault where a key has one of several types."""
+def keys(part: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every key of a recipe with those before it: `model`, `data.documents`, `data.documents.id` ..."""
+    for name, field in part.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Part):
+                yield from keys(kind, f"{prefix}{name}.")
+
+
+WORDS = {
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "model_type": "keys and values",
+}
+"""What a value should have been, by pydantic's names of faults."""
 
 
 def _first(error: ValidationError) -> str:
     """One fault in words: of a value that fits none of several types, that of the type it comes nearest to."""
-    fault = max(error.errors(), key=lambda fault: len(fault["loc"]))
-    where = ".".join(str(name) for name in fault["loc"] if name not in TYPES)
+    known = set(keys())
+    faults = [(_where(fault, known), fault) for fault in error.errors()]
+
+    def weight(found: tuple[str, Any]) -> tuple[bool, int, bool]:
+        where, fault = found
+        return fault["type"] == "extra_forbidden", where.count("."), fault["type"] not in WORDS
+
+    where, fault = max(faults, key=weight)
+    said, value = fault["msg"], f" (got {fault['input']!r})"
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {where}"
+        near = difflib.get_close_matches(where, known, 1)
+        return f"unknown key {where}" + (f": did you mean {near[0]}?" if near else "")
     if fault["type"] == "missing":
-        return f"the key {where} is missing"
-    said = f"{where}: {fault['msg'].removeprefix('Value error, ')}"
-    return said if isinstance(fault["input"], dict) else f"{said} (got {fault['input']!r})"
+        return f"the {'key' if where in known else 'number'} {where} is missing"
+    if fault["type"] == "value_error":
+        return f"{where}: {said.removeprefix('Value error, ')}{value}" if where else said.removeprefix("Value error, ")
+    if fault["type"] in WORDS:
+        types = dict.fromkeys(WORDS[other["type"]] for at, other in faults if at == where and other["type"] in WORDS)
+        return f"{where} should be {' or '.join(types)}{value}"
+    return f"{where} {said.partition(' ')[2]}{value}"  # "Input should be less than 1"
+
+
+def _where(fault: Any, known: set[str]) -> str:
+    """The key of a fault, without the names of types that pydantic puts in where a key has one of several."""
+    where = ""
+    for name in fault["loc"]:
+        longer = f"{where}.{name}".lstrip(".")
+        if (
+            isinstance(name, int)
+            or longer in known
+            or (fault["type"] == "extra_forbidden" and name == fault["loc"][-1])
+        ):
+            where = longer
+    return where

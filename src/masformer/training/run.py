@@ -106,6 +106,7 @@ def _run(
             callbacks=[ending],
         )
         ending.trainer = trainer
+        _refuse_shards(trainer)
         meter.start(found.step if found else 0)
         trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
     step = trainer.state.global_step
@@ -199,6 +200,13 @@ def _with_lora(model: PreTrainedModel, lora: Lora | None) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _refuse_shards(trainer: SpanTrainer) -> None:
+    """FSDP's sharded checkpoints could be resumed, but are no model folders."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
+        raise InputError("checkpoints are model folders: set fsdp_state_dict_type to FULL_STATE_DICT")
 
 
 def _keep_metrics(file: Path, step: int) -> None:

@@ -188,10 +188,12 @@ class SpanTrainer(transformers.Trainer):
         with self.meter.paused(), torch.no_grad():
             for name, kind in self.held_out.items():
                 sums = torch.zeros(2, dtype=torch.float64)
-                for index in range(self.args.process_index, len(kind), self.args.world_size):
-                    with self.compute_loss_context_manager():
-                        losses = self._losses(model, self._prepare_inputs(collate([kind[index]])))
-                    sums += torch.tensor([float(losses.nats), losses.tokens], dtype=torch.float64)
+                for first in range(0, len(kind), self.args.world_size):
+                    index = first + self.args.process_index
+                    one = kind[min(index, len(kind) - 1)]  # all ranks run as often: those of FSDP wait for each other
+                    losses = self._losses(model, self._prepare_inputs(collate([one])))
+                    if index < len(kind):
+                        sums += torch.tensor([float(losses.nats), losses.tokens], dtype=torch.float64)
                 nats, tokens = self.accelerator.reduce(sums.to(self.args.device)).tolist()
                 metrics[f"eval_{name}_loss"] = nats / max(1.0, tokens)
         self.teacher = was
