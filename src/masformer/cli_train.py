@@ -25,7 +25,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")],
     changes: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values in place of the recipe's.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would read, compute and need, and stop.")
@@ -33,7 +33,7 @@ def train(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a converted model on long documents; the same command goes on with a run that was cut off.
+    """Convert a model and train it on long documents; the same command goes on with a run that was cut off.
 
     Example: masformer train recipes/smollm2-sotu.yaml training.steps=20 output=runs/short
     """
@@ -55,7 +55,7 @@ def train(
         _print_facts(facts)
     prepared.refuse_too_large()
     if dry_run:
-        if json:
+        if first and json:
             print_json(facts)
         return
     with _steps(read.training.steps, json) as show:
@@ -100,8 +100,9 @@ def _steps(steps: int, json: bool) -> Iterator[Callable[[dict[str, Any]], None]]
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    terminal = sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not terminal) as bar:
+    options: dict[str, Any] = {"transient": True, "disable": not sys.stderr.isatty()}
+    options["redirect_stdout"] = sys.stdout.isatty()  # the bar is on stderr: a file must get its lines
+    with Progress(*columns, console=Console(stderr=True), **options) as bar:
         task = bar.add_task("", total=steps, left="")
 
         def show(line: dict[str, Any]) -> None:
@@ -123,15 +124,15 @@ def in_line(line: dict[str, Any], steps: int) -> str:
     parts = [f"nats {line['nats']:.4f}"]
     if line["kl"]:
         parts.append(f"kl {line['kl']:.4f}")
-    parts += [f"|g| {line['grad_norm']:.2f}", f"lr {line['learning_rate']:.1e}"]
-    parts += [f"{line['tokens_per_second']:,.0f} tokens/s", f"MFU {percent(line['mfu'])}"]
+    parts += [f"|g| {line['grad_norm']:<4.3g}", f"lr {line['learning_rate']:.1e}"]
+    parts += [f"{line['tokens_per_second']:>6,.0f} tokens/s", f"MFU {percent(line['mfu']):>6}"]
     parts += [in_words(line["peak_memory"], "B"), f"{duration(line['seconds_left'])} left"]
     return f"{begin}  {'  '.join(parts)}"
 
 
 def duration(seconds: float) -> str:
     """`2 h 05 min`, `7 min`, `40 s`."""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
@@ -139,19 +140,37 @@ def duration(seconds: float) -> str:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     table = Table(show_header=False)
-    read = facts["read"]
-    saved = 1 - facts["flops"] / facts["flops_of_the_parent"]
+    counts = {"documents": facts["documents"], "held out": facts["held_out"]}
     rows = {
         "model": facts["model"],
         "plan": f"{facts['plan']} ({len(facts['full_layers'])} full)",
-        "documents": f"{facts['documents']['documents']:,} with {facts['documents']['tokens']:,} tokens, "
-        f"{facts['held_out']['documents']:,} held out",
-        "steps": f"{facts['steps']:,}, {facts['tokens']:,} tokens, sequences of up to {facts['longest']:,}",
-        "read": ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in read.items() if value),
-        "training FLOPs": f"{in_words(facts['flops'], 'FLOP')} ({percent(saved)} less than the parent's)",
-        "memory, about": in_words(facts["memory"], "B"),
-        "a checkpoint, about": in_words(facts["checkpoint"], "B"),
+        **{name: f"{count['documents']:,} with {count['tokens']:,} tokens" for name, count in counts.items()},
+        "steps": f"{facts['steps']:,}",
+        "sequences": _sequences(facts),
+        "of documents": _of_documents(facts["read"]),
+        "training FLOPs": f"{in_words(facts['flops'], 'FLOP')} ({_against_parent(facts)})",
+        "memory": f"about {in_words(facts['memory'], 'B')}",
+        "a checkpoint": f"about {in_words(facts['checkpoint'], 'B')}",
     }
     for name, value in rows.items():
-        table.add_row(name, str(value))
-    Console().print(table)
+        table.add_row(name, value)
+    Console().print(table, highlight=False)
+
+
+def _sequences(facts: dict[str, Any]) -> str:
+    kinds = {name.removesuffix("_sequences"): n for name, n in facts["read"].items() if name.endswith("_sequences")}
+    recall = f", {kinds['recall']:,} of them recall items" if "recall" in kinds else ""
+    return f"{sum(kinds.values()):,} of up to {facts['longest']:,}, {facts['tokens']:,} tokens in all{recall}"
+
+
+def _of_documents(read: dict[str, Any]) -> str:
+    """How much of the documents is read, those counted again that are read again."""
+    rest = "".join(f", {read[name]:,} {name}" for name in ("padded", "dropped") if read[name])
+    return f"{read['tokens']:,} tokens in {read['pieces']:,} pieces of {read['documents']:,} documents{rest}"
+
+
+def _against_parent(facts: dict[str, Any]) -> str:
+    more = facts["flops"] / facts["flops_of_the_parent"] - 1
+    if not more:
+        return "as many as the parent's"
+    return f"{percent(abs(more))} {'more' if more > 0 else 'less'} than the parent's"

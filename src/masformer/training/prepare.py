@@ -7,10 +7,10 @@ prepared.refuse_too_large()
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..data.sequences import Lengths, Sequences, length_at
 from ..errors import InputError, ResourceError
 from ..models.checkpoint import load_config
 from ..models.families import check_length, native_plan, shape_of
-from ..models.positions import check_positions, extended_config
+from ..models.positions import check_positions, extended_config, methods_for
 from ..models.tokenizer import load_tokenizer
 from ..spans import ModelShape, SpanPlan, cost
 from .loss import CHUNK_BYTES
@@ -82,21 +82,21 @@ class Prepared:
         """What the run will read, compute and need; JSON."""
         training = self.recipe.training
         count = training.steps * training.batch
-        lengths = [length_at(self.train.lengths, step * training.batch) for step in range(training.steps)]
+        firsts = range(0, count, training.batch)  # the first sequence of every step
+        lengths = collections.Counter(length_at(self.train.lengths, first) for first in firsts)
+        parent = {length: cost(self.shape, self.parent, length).training_flops.total for length in lengths}
         return {
             "model": self.recipe.model,
             "plan": str(self.plan),
             "full_layers": list(self.plan.full_layers),
             "steps": training.steps,
-            "tokens": training.batch * sum(lengths),
+            "tokens": training.batch * sum(length * steps for length, steps in lengths.items()),
             "longest": max(lengths),
             "documents": _counted(self.corpus.counts),
             "held_out": _counted(self.aside.counts),
             "read": self._read(count),
-            "flops": sum(training.batch * self.flops(length) for length in lengths),
-            "flops_of_the_parent": sum(
-                training.batch * cost(self.shape, self.parent, length).training_flops.total for length in lengths
-            ),
+            "flops": training.batch * sum(self.flops(length) * steps for length, steps in lengths.items()),
+            "flops_of_the_parent": training.batch * sum(parent[length] * steps for length, steps in lengths.items()),
             **self.sizes(),
         }
 
@@ -181,7 +181,7 @@ def prepare(recipe: Recipe, progress: Callable[[Counts], None] | None = None) ->
         config = extended_config(config, recipe.positions.length, recipe.positions.method)
     lengths = _lengths(recipe)
     longest = max(length for _, length in lengths)
-    check_positions(config, longest)
+    _check_positions(config, longest)
     tokenizer = load_tokenizer(recipe.model)
     corpus, aside = _corpora(recipe, tokenizer, progress)
     highest = max(corpus.counts.highest, aside.counts.highest)
@@ -198,6 +198,20 @@ def prepare(recipe: Recipe, progress: Callable[[Counts], None] | None = None) ->
     return Prepared(recipe, config, native_plan(config), plan, tokenizer, corpus, aside, train, held_out)
 
 
+def _check_positions(config: PreTrainedConfig, longest: int) -> None:
+    """Refuse sequences that are longer than the model has positions, with the recipe's own remedy."""
+    try:
+        check_positions(config, longest)
+    except InputError as error:
+        if not methods_for(config):
+            raise
+        either = ", ".join(methods_for(config))
+        raise InputError(
+            f"{str(error).partition(':')[0]}: lower data.lengths, or set positions={{length: {longest}, method: ...}} "
+            f"with a method of {either}"
+        ) from error
+
+
 def _lengths(recipe: Recipe) -> Lengths:
     """The curriculum, counted in sequences."""
     lengths = recipe.data.lengths
@@ -210,7 +224,7 @@ def _corpora(recipe: Recipe, tokenizer: Any, progress: Callable[[Counts], None] 
     data = recipe.data
 
     def build(documents: str | Hub) -> Corpus:
-        source = documents.source() if isinstance(documents, Hub) else Path(os.path.expanduser(documents))
+        source = documents.source() if isinstance(documents, Hub) else Path(documents)
         return Corpus.build(source, tokenizer, Path(data.cache), eos=data.end_token, progress=progress)
 
     corpus = build(data.documents)
