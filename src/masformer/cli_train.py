@@ -124,7 +124,7 @@ def in_line(line: dict[str, Any], steps: int) -> str:
     parts = [f"nats {line['nats']:.4f}"]
     if line["kl"]:
         parts.append(f"kl {line['kl']:.4f}")
-    parts += [f"|g| {line['grad_norm']:<4.3g}", f"lr {line['learning_rate']:.1e}"]
+    parts += [f"|g| {line['grad_norm']:.2f}", f"lr {line['learning_rate']:.1e}"]
     parts += [f"{line['tokens_per_second']:>6,.0f} tokens/s", f"MFU {percent(line['mfu']):>6}"]
     parts += [in_words(line["peak_memory"], "B"), f"{duration(line['seconds_left'])} left"]
     return f"{begin}  {'  '.join(parts)}"
@@ -160,7 +160,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
 def _sequences(facts: dict[str, Any]) -> str:
     kinds = {name.removesuffix("_sequences"): n for name, n in facts["read"].items() if name.endswith("_sequences")}
     recall = f", {kinds['recall']:,} of them recall items" if "recall" in kinds else ""
-    return f"{sum(kinds.values()):,} of up to {facts['longest']:,}, {facts['tokens']:,} tokens in all{recall}"
+    return f"{sum(kinds.values()):,} of up to {facts['longest']:,} tokens, {facts['tokens']:,} in all{recall}"
 
 
 def _of_documents(read: dict[str, Any]) -> str:

@@ -298,6 +298,7 @@ WORDS = {
     "model_type": "keys and values",
 }
 """What a value should have been, by pydantic's names of faults."""
+UNKNOWN = ("extra_forbidden", "invalid_key")
 
 
 def _first(error: ValidationError) -> str:
@@ -307,11 +308,11 @@ def _first(error: ValidationError) -> str:
 
     def weight(found: tuple[str, Any]) -> tuple[bool, int, bool]:
         where, fault = found
-        return fault["type"] == "extra_forbidden", where.count("."), fault["type"] not in WORDS
+        return fault["type"] in UNKNOWN, where.count("."), fault["type"] not in WORDS
 
     where, fault = max(faults, key=weight)
     said, value = fault["msg"], f" (got {fault['input']!r})"
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in UNKNOWN:
         near = difflib.get_close_matches(where, known, 1)
         return f"unknown key {where}" + (f": did you mean {near[0]}?" if near else "")
     if fault["type"] == "missing":
@@ -329,10 +330,6 @@ def _where(fault: Any, known: set[str]) -> str:
     where = ""
     for name in fault["loc"]:
         longer = f"{where}.{name}".lstrip(".")
-        if (
-            isinstance(name, int)
-            or longer in known
-            or (fault["type"] == "extra_forbidden" and name == fault["loc"][-1])
-        ):
+        if isinstance(name, int) or longer in known or (fault["type"] in UNKNOWN and name == fault["loc"][-1]):
             where = longer
     return where

@@ -1,0 +1,293 @@
+"""A run that was cut off goes on bit for bit, and no step that cannot be right is taken."""
+
+import copy
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import masformer
+from masformer.data.packing import CorpusSequences
+from masformer.errors import InputError, ResourceError
+from masformer.evaluation.loss import token_losses
+from masformer.models.convert import convert, plan_of
+from masformer.training import run as run_module
+from masformer.training.checkpoints import verify
+from masformer.training.loss import chunked_loss
+from masformer.training.prepare import prepare
+from masformer.training.recipe import Recipe
+from masformer.training.run import train
+from masformer.training.trainer import DivergedError, SpanTrainer
+
+from .made import make, recipe
+
+TIMES = ("tokens_per_second", "mfu", "peak_memory", "seconds_left")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make(tmp_path_factory.mktemp("training"))
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on time."""
+    read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read]
+
+
+def run(wanted: Recipe, stop: int | None = None) -> dict[str, Any]:
+    """Train, and ask for an end by SIGTERM when the line of step `stop` was written."""
+
+    def show(line: dict[str, Any]) -> None:
+        if line["step"] == stop and "loss" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return train(wanted, say=lambda words: None, progress=show)
+
+
+def contents(checkpoint: str) -> dict[str, Any]:
+    """Weights, moments, schedule and random states."""
+    found: dict[str, Any] = {}
+    for file in sorted(Path(checkpoint).iterdir()):
+        if file.suffix == ".safetensors":
+            found |= load_file(file)
+        elif file.suffix in (".pt", ".pth"):
+            with torch.serialization.safe_globals([*SAFE]):
+                found[file.name] = torch.load(file, weights_only=False)
+    return found
+
+
+SAFE: list[Any] = []
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(repr(one) == repr(other))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"training": {"batch": 6, "micro_batch": 2}},
+    "curriculum": {"data": {"lengths": [[0, 48], [3, 64], [7, 96]]}},
+    "single": {"data": {"mode": "single"}, "training": {"micro_batch": 2}},
+    "recall": {"data": {"recall": {"share": 0.4, "loss_on": "answer"}, "lengths": 512}, "training": {"batch": 2}},
+    "taught": {"training": {"distill": 0.5}},
+    "lora": {"training": {"lora": {"rank": 4, "dropout": 0.2, "norms": True}}},
+    "recomputed": {"training": {"recompute": True, "precision": "bf16", "batch": 2}},
+}
+CUTS = [
+    (name, random.Random(name).sample(range(1, 10), cuts))
+    for name, cuts in zip(SETTINGS, (4, 3, 3, 2, 2, 2, 2, 2), strict=True)
+]
+"""Steps after which a run is cut off, 20 in all."""
+
+
+@pytest.mark.parametrize(("name", "cuts"), CUTS, ids=list(SETTINGS))
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(name: str, cuts: list[int], folder: Path, tmp_path: Path) -> None:
+    """Losses, gradient norms, weights, moments, schedule, random states; cut once, and at the end all cuts in a row."""
+    whole = run(recipe(folder, tmp_path / "whole", **SETTINGS[name]))
+    assert whole["step"] == 10
+    expected = contents(whole["checkpoint"])
+    assert "optimizer.pt" in expected
+    for number, chain in enumerate([*([cut] for cut in cuts[:-1]), sorted(cuts)]):
+        output = tmp_path / f"cut-{number}"
+        for cut in chain:
+            stopped = run(recipe(folder, output, **SETTINGS[name]), cut)
+            assert stopped["signal"] == "SIGTERM"
+            assert cut <= stopped["step"] <= cut + 1
+        done = run(recipe(folder, output, **SETTINGS[name]))
+        assert (done["step"], done["signal"]) == (10, None)
+        assert lines(output) == lines(tmp_path / "whole")
+        assert same(contents(done["checkpoint"]), expected)
+    assert sum(len(cuts) for _, cuts in CUTS) == 20
+
+
+def test_a_finished_run_does_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = recipe(folder, tmp_path, training={"steps": 2})
+    first = run(wanted)
+    before = lines(tmp_path)
+    monkeypatch.setattr(run_module, "load", None)
+    assert run(wanted)["checkpoint"] == first["checkpoint"]
+    assert lines(tmp_path) == before
+
+
+def test_a_checkpoint_is_a_model(folder: Path, tmp_path: Path) -> None:
+    done = run(recipe(folder, tmp_path, training={"steps": 2}))
+    model = masformer.load(done["checkpoint"])
+    assert str(plan_of(model)) == recipe(folder, "x").plan
+    assert verify(Path(done["checkpoint"])).step == 2
+    parent = masformer.load(str(folder / "model"))
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), parent.parameters(), strict=True)]
+    assert all(moved)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not list(Path(done["checkpoint"]).glob("training_args*"))
+
+
+def test_another_training_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    run(recipe(folder, tmp_path, training={"steps": 2}))
+    for change in ({"training": {"steps": 2, "seed": 1}}, {"training": {"steps": 2}, "plan": "full*4"}):
+        with pytest.raises(InputError, match="is of another training"):
+            run(recipe(folder, tmp_path, **change))
+    reported = {"evaluation": {"every": 1, "sequences": 1}, "saving": {"every": 1}, "logging": {"every": 2}}
+    assert run(recipe(folder, tmp_path, training={"steps": 2, "micro_batch": 2}, **reported))["step"] == 2
+
+
+class Poison(TrainerCallback):
+    """Puts NaN into a weight before a step, and remembers the others."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                next(model.parameters())[5] = math.nan
+            self.model, self.weights = model, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["nan", "large"])
+def test_a_step_that_diverges_is_not_taken(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(3)
+    init = SpanTrainer.__init__
+
+    def with_poison(self: Any, *args: Any, callbacks: Any, **kwargs: Any) -> None:
+        init(self, *args, callbacks=[*callbacks, poison] if kind == "nan" else callbacks, **kwargs)
+
+    monkeypatch.setattr(SpanTrainer, "__init__", with_poison)
+    limit = 1000.0 if kind == "nan" else 0.01
+    saving = {"every": 2}
+    with pytest.raises(DivergedError, match=r"gradient norm is (nan|\d).*this step was not taken"):
+        run(recipe(folder, tmp_path, training={"gradient_limit": limit}, saving=saving))
+    if kind == "nan":
+        assert all(
+            torch.equal(
+                a,
+                b,
+            )
+            or bool(a.isnan().any())
+            for a, b in zip(poison.model.parameters(), poison.weights, strict=True)
+        )
+        assert verify(tmp_path / "checkpoint-2").step == 2
+        assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [1, 2, 3]
+    else:
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = recipe(folder, tmp_path, saving={"every": 4, "keep": 1})
+    save = torch.save
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-8" in str(file):
+            raise OSError(28, "No space left on device", str(file))
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        run(wanted)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert verify(tmp_path / "checkpoint-4").step == 4
+    monkeypatch.undo()
+    assert run(wanted)["step"] == 10
+
+
+def test_evaluation_is_the_mean_over_held_out_tokens(folder: Path, tmp_path: Path) -> None:
+    wanted = recipe(folder, tmp_path, data={"mode": "single"}, training={"steps": 1}, evaluation={"sequences": 5})
+    run(wanted)
+    prepared = prepare(wanted)
+    model = convert(masformer.load(str(folder / "model")), prepared.plan)
+    nats, tokens = 0.0, 0
+    for index in range(5):
+        sequence = prepared.held_out["documents"].sequence(index)
+        ids = torch.from_numpy(sequence.input_ids)[None, : 64 - sequence.padding]
+        losses = token_losses(model, ids)
+        nats, tokens = nats + float(losses.sum()), tokens + losses.numel()
+    assert isinstance(prepared.held_out["documents"], CorpusSequences)
+    assert lines(tmp_path)[0]["eval_documents_loss"] == pytest.approx(nats / tokens, abs=1e-5)
+
+
+def test_a_model_learns_nothing_from_a_parent_that_it_equals(folder: Path, tmp_path: Path) -> None:
+    run(recipe(folder, tmp_path, plan="full*4", training={"steps": 2, "distill": 1.0}))
+    first = next(line for line in lines(tmp_path) if "kl" in line)
+    assert abs(first["kl"]) < 1e-6
+    assert first["grad_norm"] < 1e-5
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_adapters_alone_are_trained_and_saved(embeddings: bool, folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    lora = {"rank": 2, "norms": True, "embeddings": embeddings}
+    wanted = recipe(folder, tmp_path, training={"steps": 3, "lora": lora, "learning_rate": 1e-2})
+    done = run(wanted)
+    saved = load_file(Path(done["checkpoint"], "adapter_model.safetensors"))
+    assert all("lora_" in name or "norm" in name or (embeddings and "embed" in name) for name in saved)
+    base = convert(masformer.load(str(folder / "model")), prepare(wanted).plan)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, done["checkpoint"]).eval()
+        assert (adapted(ids).logits - plain).abs().max() > 1e-3
+    held = prepare(wanted).held_out["documents"]
+    nats = tokens = 0.0
+    for index in range(3):
+        one = held.sequence(index)
+        ids, positions = (torch.from_numpy(x)[None] for x in (one.input_ids, one.position_ids))
+        with torch.no_grad():
+            log_p = adapted(ids, position_ids=positions).logits.log_softmax(-1)[0, :-1]
+        wanted_ids = torch.from_numpy(one.labels)[1:]
+        kept = wanted_ids >= 0
+        nats -= float(log_p[kept].gather(1, wanted_ids[kept][:, None]).sum())
+        tokens += int(kept.sum())
+    assert nats / tokens == pytest.approx(done["metrics"]["eval_documents_loss"], abs=1e-5)
+    assert before.keys() >= {"model.embed_tokens.weight"}
+
+
+CURVE: list[str] = []
+
+
+def test_the_loss_curve_of_thirty_steps(folder: Path, tmp_path: Path) -> None:
+    """To the printed digit; float32 on one thread of a CPU, with the versions of constraints.txt."""
+    run(recipe(folder, tmp_path, training={"steps": 30, "batch": 2, "learning_rate": 3e-3}))
+    assert [f"{line['nats']:.4f}" for line in lines(tmp_path) if "nats" in line] == CURVE
+
+
+def test_the_loss_of_a_step_is_over_all_its_tokens(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it is cut into micro-batches, though these hold unequal numbers of tokens; the mean of means differs."""
+    single = {"data": {"mode": "single"}, "training": {"steps": 3}}
+    together = copy.deepcopy(single)
+    together["training"]["micro_batch"] = 4
+    run(recipe(folder, tmp_path / "apart", **single))
+    run(recipe(folder, tmp_path / "together", **together))
+
+    def norms(name: str) -> list[float]:
+        return [line["grad_norm"] for line in lines(tmp_path / name) if "loss" in line]
+
+    assert norms("apart") == pytest.approx(norms("together"), rel=1e-5)
+
+    def mean_of_means(hidden: Any, labels: Any, head: Any, *, total: Any, **kwargs: Any) -> Any:
+        own = (labels[:, 1:] >= 0).sum()
+        return chunked_loss(hidden, labels, head, total=own * 4, **kwargs)
+
+    monkeypatch.setattr("masformer.training.trainer.chunked_loss", mean_of_means)
+    run(recipe(folder, tmp_path / "wrong", **single))
+    assert max(abs(a / b - 1) for a, b in zip(norms("wrong"), norms("apart"), strict=True)) > 1e-3
