@@ -12,7 +12,7 @@ from masformer.training.recipe import Recipe
 from tests.models.helpers import tiny
 from tests.small import small_tokenizer
 
-WORDS = "the quick brown fox jumps over the lazy dog and runs away".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
 MIXED = "full,window:16:sinks=2*2,block:32"
 
 

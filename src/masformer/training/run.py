@@ -10,6 +10,7 @@ import contextlib
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,9 @@ def _with_lora(model: PreTrainedModel, lora: Lora | None) -> Any:
         modules_to_save=sorted(set(whole)) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks by the old name
+        return get_peft_model(model, config)
 
 
 def _refuse_shards(trainer: SpanTrainer) -> None:
