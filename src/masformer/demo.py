@@ -26,6 +26,7 @@ from .evaluation.generation import generate_text, prompt_ids
 from .evaluation.loss import loss_by_position
 from .evaluation.recall import recall
 from .evaluation.texts import cut_documents
+from .files import digest
 from .models.checkpoint import load
 from .models.convert import applied, is_converted, plan_of
 from .models.families import shape_of
@@ -83,7 +84,7 @@ def run(folder: Path, *, device: str | None = None, say: Callable[[str], Any] = 
     job = _Job(model_folder, folder / "measured", speeches, device, say)
     results = job.results()
     del job.model
-    results["training"] = _trained(model_folder, file, folder, job.layouts[MEASURED], say)
+    results["training"] = _trained(model_folder, file, folder, job.layouts[MEASURED], job.device, say)
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     page = demo_page.write(folder / "index.html", results, plans(len(job.layouts[PARENT])))
     say("\n" + "\n".join(demo_page.conclusions(results)))
@@ -201,13 +202,15 @@ class _Job:
         return {**generated.to_json(), "plan": str(plan_of(self.model))}
 
 
-def _trained(model: Path, speeches: Path, folder: Path, plan: SpanPlan, say: Callable[[str], Any]) -> dict[str, Any]:
+def _trained(
+    model: Path, speeches: Path, folder: Path, plan: SpanPlan, device: str | None, say: Callable[[str], Any]
+) -> dict[str, Any]:
     """A short continual training of the conversion: the loss of held-out speeches by step."""
     say(f"6/6 training, {STEPS} steps of {STEP_LENGTH:,} tokens")
     recipe = Recipe.model_validate(
         {
             "model": str(model),
-            "output": str(folder / "training"),
+            "output": str(folder / f"training-{digest([str(plan), STEPS, STEP_LENGTH])[:8]}"),
             "plan": str(plan),
             "data": {"documents": str(speeches), "lengths": STEP_LENGTH, "cache": str(folder / "corpora")},
             "training": {"steps": STEPS, "learning_rate": 1e-4, "warmup_steps": 2},
@@ -220,7 +223,7 @@ def _trained(model: Path, speeches: Path, folder: Path, plan: SpanPlan, say: Cal
         if "nats" in line:
             say(f"  step {line['step']:2}  {line['nats']:.3f} nats/token, {line['tokens_per_second']:,.0f} tokens/s")
 
-    result = train(recipe, say=say, progress=show)
+    result = train(recipe, cpu=device == "cpu", say=say, progress=show)
     lines = [json.loads(line) for line in Path(recipe.output, METRICS).read_text(encoding="utf-8").splitlines()]
     losses = [[line["step"], line["eval_documents_loss"]] for line in lines if "eval_documents_loss" in line]
     say(f"  held-out speeches: {losses[0][1]:.3f} nats/token before, {losses[-1][1]:.3f} after")

@@ -26,8 +26,8 @@ from masformer.training.prepare import prepare
 from masformer.training.run import Ending, train
 from masformer.training.trainer import collate, objective_of
 
-from .made import MIXED, make, recipe
 from .helpers import Launcher
+from .made import MIXED, make, recipe
 
 STEPS, STOP, BATCH = 6, 3, 4
 TRAINING = {"steps": STEPS, "batch": BATCH, "micro_batch": 1, "weight_decay": 0.1}

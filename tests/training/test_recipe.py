@@ -26,11 +26,6 @@ data: {documents: {id: a/b}, held_out: {id: c/d}, lengths: 32, recall: {share: 0
 training: {steps: 4, lora: {}}
 """
 DECISIVE = {
-    "plan": "full*4",
-    "plan.layout": "local",
-    "plan.full": "[0, 3]",
-    "plan.placement": "bottom",
-    "plan.local": "window:9",
     "positions.length": "128",
     "positions.method": "yarn",
     "data.mode": "single",
@@ -56,6 +51,11 @@ DECISIVE = {
     "training.seed": "1",
 }
 NOT_DECISIVE = {
+    "plan": "full*4",  # nor the notation of a plan: the plan itself is told apart beside the recipe
+    "plan.layout": "local",
+    "plan.full": "[0, 3]",
+    "plan.placement": "bottom",
+    "plan.local": "window:9",
     "model": "elsewhere/parent",
     "output": "runs/two",
     "data.documents": "others.txt",

@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ from ..spans import SpanPlan
 from .config import MasformerConfig
 from .convert import NAME, convert
 from .families import class_of, family_of, native_plan
+from .positions import extend, extended_config
 
+ADAPTER = "masformer.json"
+"""File beside an adapter that says what it stands upon."""
 OUTPUT_SETTINGS = ("output_hidden_states", "output_attentions", "return_dict")
 """Fields that every config has and the auto class sets on ours."""
 
@@ -130,6 +134,11 @@ def load_config(source: str) -> tuple[PreTrainedConfig, SpanPlan]:
         InputError: nothing there, a model that is not supported, or one that needs its own code.
         CorruptError: a config that cannot be read.
     """
+    if (adapter := _adapter(source)) is not None:
+        config, _ = load_config(adapter["model"])
+        if adapter["positions"]:
+            config = extended_config(config, **adapter["positions"])
+        return config, SpanPlan.parse(adapter["plan"])
     config = _read_config(source)
     if isinstance(config, MasformerConfig):
         return config.parent_config(), config.span_plan()
@@ -172,6 +181,8 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
         InputError: nothing there, a model that is not supported, or one that needs its own code.
         CorruptError: weights or a config that are damaged or do not fit together.
     """
+    if (adapter := _adapter(source)) is not None:
+        return _load_adapted(source, adapter, dtype=dtype, device=device)
     config = _read_config(source)
     how = {"dtype": dtype, "trust_remote_code": False}
     try:
@@ -186,6 +197,47 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
             raise
         raise CorruptError(f"cannot load the weights of {source}: {_one_line(error)}") from error
     return model.eval().to(device) if device else model.eval()
+
+
+def save_adapter(model: Any, folder: Path, about: dict[str, Any], state_dict: dict[str, Any] | None = None) -> None:
+    """Write the adapters of a `PeftModel`, and what they stand upon: `model`, `plan` and `positions` of `about`.
+
+    peft would name the unconverted parent in the adapter's config, and transformers' auto classes would then load the
+    folder as that with full attention: no model is named there, which they refuse.
+    """
+    model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "base_model_name_or_path": None}, indent=2), encoding="utf-8")
+    (folder / ADAPTER).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _adapter(source: str) -> dict[str, Any] | None:
+    """What `save_adapter` wrote beside an adapter; None where there is none."""
+    file = Path(source) / ADAPTER
+    if not file.is_file():
+        return None
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        return {name: about[name] for name in ("model", "plan", "positions")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"{file} does not say what the adapter stands upon") from error
+
+
+def _load_adapted(source: str, about: dict[str, Any], *, dtype: Any, device: Any) -> PreTrainedModel:
+    """The model that an adapter stands upon, with the spans it was trained with and its weights merged in."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"{source} holds an adapter, which needs peft: pip install peft") from error
+    model = load(about["model"], dtype=dtype)
+    if about["positions"]:
+        extend(model, **about["positions"])
+    convert(model, SpanPlan.parse(about["plan"]), check=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks by the old name
+        merged: Any = PeftModel.from_pretrained(model, source).merge_and_unload()
+    return merged.eval().to(device) if device else merged.eval()
 
 
 def _out_of_resources(error: BaseException) -> bool:

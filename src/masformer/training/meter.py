@@ -14,13 +14,23 @@ from torch import Tensor
 
 from .loss import Losses
 
+REPEATS = 5
+
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOPs per second of a large matrix product on this device now: what a share of the hardware is counted by."""
+    """FLOPs per second of a large matrix product on this device now: what a share of the hardware is counted by.
+
+    Of a smaller one where large ones would take more than a second, as bf16 does on a CPU that has no such numbers.
+    """
     size *= 1 if device.type == "cpu" else 8
+    rate = _matmul_rate(device, dtype, size // 4)
+    return rate if REPEATS * 2 * size**3 > rate else max(rate, _matmul_rate(device, dtype, size))
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(REPEATS):
         _wait(device)
         started = time.perf_counter()
         a @ b

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,13 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from ..data.corpus import Corpus, Counts, digest
+from ..data.corpus import Corpus, Counts
 from ..data.mixture import Mixture
 from ..data.packing import CorpusSequences
 from ..data.recall import RecallSequences
 from ..data.sequences import Lengths, Sequences, length_at
 from ..errors import InputError, ResourceError
+from ..files import digest, sha256
 from ..models.checkpoint import load_config
 from ..models.families import check_length, native_plan, shape_of
 from ..models.positions import check_positions, extended_config, methods_for
@@ -70,6 +72,7 @@ class Prepared:
             "recipe": self.recipe.decisive(),
             "plan": str(self.plan),
             "model": digest(settings),
+            "weights": _weights(self.recipe.model, self.config),
             "data": json.loads(json.dumps(self.train.identity)),
         }
 
@@ -118,8 +121,9 @@ class Prepared:
         training, shape = self.recipe.training, self.shape
         trained = shape.parameters if training.lora is None else self._lora_parameters(training.lora.rank)
         weights = 4 * shape.parameters * (2 if training.distill else 1) + 12 * trained
-        if training.lora is not None:
-            weights += 4 * trained
+        if (lora := training.lora) is not None:
+            trained += shape.head_parameters * lora.embeddings
+            weights = 4 * shape.parameters * (2 if training.distill else 1) + 16 * trained
         tokens = training.micro_batch * max(length for _, length in self.train.lengths)
         number = 2 if training.precision == "bf16" else 4
         kept = KEPT_PER_WIDTH * number * tokens * shape.linear_parameters // (shape.layers * shape.hidden)
@@ -142,7 +146,8 @@ class Prepared:
             ResourceError: with what is needed and what there is.
         """
         sizes, gpu = self.sizes(), torch.cuda.is_available()
-        free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
+        free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available // beside
         if sizes["memory"] > free:
             raise ResourceError(
                 f"training needs about {sizes['memory'] / 1e9:.1f} GB of {'GPU ' if gpu else ''}memory and "
@@ -152,7 +157,9 @@ class Prepared:
         folder = Path(self.recipe.output).absolute()
         while not folder.exists():
             folder = folder.parent
-        room, disk = sizes["checkpoint"] * (self.recipe.saving.keep + 1), shutil.disk_usage(folder).free
+        there = len(list(Path(self.recipe.output).glob("checkpoint-*")))
+        room = sizes["checkpoint"] * max(1, self.recipe.saving.keep + 1 - there)
+        disk = shutil.disk_usage(folder).free
         if room > disk:
             raise ResourceError(
                 f"checkpoints need {room / 1e9:.1f} GB of disk at {folder} and {disk / 1e9:.1f} GB are free: "
@@ -174,9 +181,10 @@ def prepare(recipe: Recipe, progress: Callable[[Counts], None] | None = None) ->
     Raises:
         InputError, CorruptError, ResourceError: anything that cannot be used as the recipe says.
     """
-    config, parent = load_config(recipe.model)
-    plan = recipe.plan_for(config.num_hidden_layers, parent)
+    config, own = load_config(recipe.model)
+    plan = recipe.plan_for(config.num_hidden_layers, own)
     check_length(plan, config)
+    _refuse(recipe, config, own)
     if recipe.positions is not None:
         config = extended_config(config, recipe.positions.length, recipe.positions.method)
     lengths = _lengths(recipe)
@@ -196,6 +204,26 @@ def prepare(recipe: Recipe, progress: Callable[[Counts], None] | None = None) ->
         train = Mixture({DOCUMENTS: (train, 1 - share.share), RECALL: (items, share.share)}, seed=seed)
         held_out[RECALL] = RecallSequences(tokenizer, aside, longest, seed=seed + 1, loss_on="answer")
     return Prepared(recipe, config, native_plan(config), plan, tokenizer, corpus, aside, train, held_out)
+
+
+def _refuse(recipe: Recipe, config: PreTrainedConfig, own: SpanPlan) -> None:
+    """What training would leave out without a word."""
+    if getattr(config, "output_router_logits", False):
+        raise InputError(
+            f"the config of {recipe.model} asks for the loss of its router (output_router_logits), which is not "
+            "computed here: set it to false there"
+        )
+    if recipe.training.distill and own != native_plan(config):
+        raise InputError(f"training.distill needs a parent, and {recipe.model} is converted: name its parent as model")
+    if recipe.training.distill:
+        check_positions(config, max(length for _, length in _lengths(recipe)))
+
+
+def _weights(source: str, config: PreTrainedConfig) -> str | None:
+    """What tells the weights of a model from others of its shape: their SHA-256, or the commit of a hub id."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return digest([sha256(file) for file in files]) if files else getattr(config, "_commit_hash", None)
 
 
 def _check_positions(config: PreTrainedConfig, longest: int) -> None:

@@ -206,8 +206,8 @@ class Recipe(Part):
         return SpanPlan.parse(self.plan) if isinstance(self.plan, str) else self.plan.plan_for(layers)
 
     def decisive(self) -> dict[str, Any]:
-        """JSON of what decides the weights that come out: not where things lie, nor what is reported and kept."""
-        settings = self.model_dump(mode="json", include={"plan", "positions", "data", "training"})
+        """JSON of what decides the weights that come out, beside the plan: not where things lie, nor what is kept."""
+        settings = self.model_dump(mode="json", include={"positions", "data", "training"})
         for name in ("documents", "held_out", "cache"):
             del settings["data"][name]  # the sequences' own identity stands for them
         for name in ("micro_batch", "recompute", "gradient_limit"):

@@ -35,6 +35,7 @@ def train(
     recipe: Recipe,
     *,
     prepared: Prepared | None = None,
+    cpu: bool = False,
     say: Callable[[str], None] = print,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def train(
 
     Args:
         prepared: what `prepare` made of the recipe, if that was done already.
+        cpu: train on the CPU, though there may be a GPU.
         say: gets lines of text: what is resumed, which checkpoints were passed over.
         progress: gets every line of metrics.jsonl.
 
@@ -59,7 +61,7 @@ def train(
     prepared = prepare(recipe) if prepared is None else prepared
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
-    args = _arguments(recipe)
+    args = _arguments(recipe, cpu)
     with contextlib.ExitStack() as stack:
         checkpoints = found = None
         if args.process_index == 0:
@@ -68,6 +70,9 @@ def train(
             _keep_metrics(output / METRICS, found.step if found else 0)
             (output / "recipe.json").write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
         [found] = broadcast_object_list([found])
+        if found is not None and found.step >= recipe.training.steps:
+            return {"step": found.step, "checkpoint": str(found.folder), "signal": None, "metrics": {}}
+        prepared.refuse_too_large()
         if found is not None and args.process_index == 0:
             say(f"going on from {found.folder}")
         return _run(recipe, prepared, args, checkpoints, found, progress)
@@ -82,14 +87,12 @@ def _run(
     progress: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     """Train to the end, from the beginning or from the checkpoint that was found."""
-    if found is not None and found.step >= recipe.training.steps:
-        return {"step": found.step, "checkpoint": str(found.folder), "signal": None, "metrics": {}}
     set_seed(recipe.training.seed)
     model = _model(recipe, prepared)
     kinds = {name: Numbered(kind, recipe.evaluation.sequences) for name, kind in prepared.held_out.items()}
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     meter = Meter(prepared.flops, matmul_peak(args.device, dtype), args.device)
-    args.eval_on_start = found is None
+    args.eval_on_start, args.use_cache = found is None, bool(model.config.use_cache)
     ending = Ending(recipe.training.steps)
     with objective_of(model), ending.listening():
         trainer = SpanTrainer(
@@ -103,11 +106,14 @@ def _run(
             gradient_limit=recipe.training.gradient_limit,
             teacher=_teacher(recipe, prepared, args) if recipe.training.distill else None,
             distill=recipe.training.distill,
+            adapts=_stands_upon(recipe, prepared),
             say=progress,
             callbacks=[ending],
         )
         ending.trainer = trainer
         _refuse_shards(trainer)
+        if found is not None:
+            trainer.data_after(0).load_state(found.facts["data"])  # refuses another place than that of the step
         meter.start(found.step if found else 0)
         trainer.train(resume_from_checkpoint=str(found.folder) if found else None)
     step = trainer.state.global_step
@@ -119,9 +125,9 @@ def _run(
     }
 
 
-def _arguments(recipe: Recipe) -> TrainingArguments:
+def _arguments(recipe: Recipe, cpu: bool) -> TrainingArguments:
     """transformers' words for the recipe's."""
-    training, gpu = recipe.training, torch.cuda.is_available()
+    training, gpu = recipe.training, torch.cuda.is_available() and not cpu
     args = TrainingArguments(
         output_dir=recipe.output,
         max_steps=training.steps,
@@ -150,8 +156,10 @@ def _arguments(recipe: Recipe) -> TrainingArguments:
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
-    if args.n_gpu > 1:
-        raise InputError(f"{args.n_gpu} GPUs are visible to one process: start with torchrun or accelerate launch")
+    args._n_gpu = min(1, args.n_gpu)  # of several the first: transformers would split batches by DataParallel
+    args.mixed_precision = "bf16" if args.bf16 else "no"  # what a launcher says would go before the recipe
+    if args.parallelism_config is not None:
+        raise InputError("tensor, context and sequence parallelism are not supported: use DDP, FSDP or DeepSpeed")
     together = training.micro_batch * args.world_size
     if training.batch % together:
         raise InputError(
@@ -205,6 +213,18 @@ def _with_lora(model: PreTrainedModel, lora: Lora | None) -> Any:
         return get_peft_model(model, config)
 
 
+def _stands_upon(recipe: Recipe, prepared: Prepared) -> dict[str, Any] | None:
+    """What an adapter needs beside itself."""
+    if recipe.training.lora is None:
+        return None
+    local = Path(recipe.model).exists()
+    return {
+        "model": str(Path(recipe.model).absolute()) if local else recipe.model,
+        "plan": str(prepared.plan),
+        "positions": recipe.positions and recipe.positions.model_dump(),
+    }
+
+
 def _refuse_shards(trainer: SpanTrainer) -> None:
     """FSDP's sharded checkpoints could be resumed, but are no model folders."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
@@ -221,7 +241,9 @@ def _keep_metrics(file: Path, step: int) -> None:
         with contextlib.suppress(ValueError):
             if step and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    file.write_text("".join(kept), encoding="utf-8")
+    rest = file.with_suffix(".new")
+    rest.write_text("".join(kept), encoding="utf-8")
+    rest.replace(file)  # at once: a process that is killed here has one or the other
 
 
 class Ending(TrainerCallback):
@@ -251,6 +273,10 @@ class Ending(TrainerCallback):
             raise KeyboardInterrupt
         self.signal = number
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """transformers goes on with the checkpoint's own cadences of saving, evaluation and logging."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> Any:
         """All ranks stop after the same step, whichever of them got the signal."""
         if args.world_size > 1:
@@ -260,5 +286,6 @@ class Ending(TrainerCallback):
         if last or self.signal:
             control.should_save = control.should_training_stop = True
         if last:
-            control.should_evaluate = control.should_log = True
+            control.should_evaluate = True
+        control.should_log |= control.should_save  # what was counted since the last line is not in a checkpoint
         return control

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 
-from ..data.sequences import Sequence, Sequences
+from ..data.sequences import Sequence, Sequences, Stream
 from ..errors import MasformerError
+from ..models.checkpoint import save_adapter
 from ..models.fronts import Front, enter, leave
 from ..models.head import Head
 from .checkpoints import Checkpoints
@@ -98,6 +99,7 @@ class SpanTrainer(transformers.Trainer):
         train, held_out: sequences by number; of held-out ones the first `evaluation` of each kind, by name.
         teacher: the parent, on the same device, whose KL divergence has the weight `distill`.
         checkpoints: where they go; on the first rank alone.
+        adapts: of a model with adapters, what these stand upon.
         meter: counts tokens, time and memory.
         gradient_limit: the largest gradient norm, before clipping, with which a step is taken.
         say: gets every line of metrics.
@@ -116,6 +118,7 @@ class SpanTrainer(transformers.Trainer):
         gradient_limit: float,
         teacher: PreTrainedModel | None = None,
         distill: float = 0.0,
+        adapts: dict[str, Any] | None = None,
         say: Callable[[dict[str, Any]], None] | None = None,
         callbacks: list[transformers.TrainerCallback] | None = None,
     ) -> None:
@@ -130,7 +133,7 @@ class SpanTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # so that the tokens of the whole step are counted
         self.train_sequences, self.held_out, self.checkpoints, self.meter = train, held_out, checkpoints, meter
-        self.tokenizer, self.teacher, self.distill = tokenizer, teacher, distill
+        self.tokenizer, self.teacher, self.distill, self.adapts = tokenizer, teacher, distill, adapts
         self.gradient_limit, self.say = gradient_limit, say or (lambda line: None)
         self.evaluated: dict[str, float] = {}
         """What the last evaluation gave."""
@@ -154,7 +157,7 @@ class SpanTrainer(transformers.Trainer):
         return losses.loss * self.accelerator.num_processes
 
     def _losses(self, model: nn.Module, inputs: Batch, total: Tensor | int | None = None) -> Losses:
-        asked: dict[str, Any] = {} if total is None else {"total": torch.as_tensor(total)}
+        asked: dict[str, Any] = {} if total is None else {"total": torch.as_tensor(total).round().long()}
         if self.teacher is not None and self.distill:
             with torch.no_grad():
                 states = {name: value for name, value in inputs.items() if name != "labels"}
@@ -216,6 +219,12 @@ class SpanTrainer(transformers.Trainer):
                 file.write(json.dumps(line) + "\n")
             self.say(line)
 
+    def data_after(self, step: int) -> Stream:
+        """Where the training sequences stand after so many steps."""
+        stream = Stream(self.train_sequences.sequences)
+        stream.seek(step * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
+        return stream
+
     def _get_output_dir(self, trial: Any = None) -> str:
         return self._scratch or str(super()._get_output_dir(trial))
 
@@ -224,7 +233,9 @@ class SpanTrainer(transformers.Trainer):
         with self.meter.paused(), contextlib.ExitStack() as stack:
             folder = None
             if self.checkpoints is not None:
-                folder = stack.enter_context(self.checkpoints.writing(self.state.global_step, {}))
+                step = self.state.global_step
+                facts = {"data": self.data_after(step).state()}
+                folder = stack.enter_context(self.checkpoints.writing(step, facts))
             [self._scratch] = broadcast_object_list([folder and str(folder.parent)])
             try:
                 super()._save_checkpoint(model, trial)
@@ -234,12 +245,16 @@ class SpanTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As transformers does, but for its arguments as a pickle; with the tokenizer.
+        """As transformers does, with the tokenizer, and without a pickle of its arguments.
 
-        A tokenizer that transformers knew of would change the model's config to fit it.
+        A tokenizer that transformers knew of would change the model's config to fit it. An adapter is saved with what
+        it was trained upon (`save_adapter`).
         """
-        super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
+        if self.adapts is None:
+            super()._save(output_dir, state_dict)
+        elif self.is_world_process_zero():
+            save_adapter(self.accelerator.unwrap_model(self.model), folder, self.adapts, state_dict)
         if self.is_world_process_zero():
             (folder / "training_args.bin").unlink(missing_ok=True)
             self.tokenizer.save_pretrained(folder)
