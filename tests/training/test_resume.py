@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import masformer
 from masformer.data.packing import CorpusSequences
 from masformer.errors import InputError, ResourceError
 from masformer.evaluation.loss import token_losses
+from masformer.models.checkpoint import load_config
 from masformer.models.convert import convert, plan_of
+from masformer.models.positions import max_positions
+from masformer.models.tokenizer import load_tokenizer
+from masformer.spans import SpanPlan
 from masformer.training import run as run_module
 from masformer.training.checkpoints import verify
 from masformer.training.loss import chunked_loss
 from masformer.training.prepare import prepare
 from masformer.training.recipe import Recipe
 from masformer.training.run import train
-from masformer.training.trainer import DivergedError, SpanTrainer
+from masformer.training.trainer import DivergedError, SpanTrainer, collate, objective_of
 
-from .made import make, recipe
+from .made import MIXED, make, recipe
 
 TIMES = ("tokens_per_second", "mfu", "peak_memory", "seconds_left")
 
@@ -230,36 +235,71 @@ def test_a_model_learns_nothing_from_a_parent_that_it_equals(folder: Path, tmp_p
     assert first["grad_norm"] < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("kind", ["parent", "converted", "extended"])
 @pytest.mark.parametrize("embeddings", [False, True])
-def test_adapters_alone_are_trained_and_saved(embeddings: bool, folder: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
+def test_adapters_are_saved_with_what_they_stand_upon(
+    kind: str, embeddings: bool, folder: Path, tmp_path: Path
+) -> None:
+    """The checkpoint loads by itself, with its spans and positions; transformers alone refuses it."""
+    parent, length = masformer.load(str(folder / "model")), 64
+    parts: dict[str, Any] = {}
+    if kind == "converted":
+        convert(parent, SpanPlan.parse(MIXED)).save_pretrained(tmp_path / "converted")
+        load_tokenizer(str(folder / "model")).save_pretrained(tmp_path / "converted")
+        parts = {"model": str(tmp_path / "converted"), "plan": None}
+    elif kind == "extended":
+        length = 1200
+        parts = {"positions": {"length": length, "method": "theta"}}
     lora = {"rank": 2, "norms": True, "embeddings": embeddings}
-    wanted = recipe(folder, tmp_path, training={"steps": 3, "lora": lora, "learning_rate": 1e-2})
+    training = {"steps": 3, "batch": 1, "lora": lora, "learning_rate": 1e-2}
+    wanted = recipe(folder, tmp_path / "run", data={"lengths": length}, training=training, **parts)
     done = run(wanted)
     saved = load_file(Path(done["checkpoint"], "adapter_model.safetensors"))
     assert all("lora_" in name or "norm" in name or (embeddings and "embed" in name) for name in saved)
-    base = convert(masformer.load(str(folder / "model")), prepare(wanted).plan)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    ids = torch.arange(3, 60)[None]
-    with torch.no_grad():
-        plain = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, done["checkpoint"]).eval()
-        assert (adapted(ids).logits - plain).abs().max() > 1e-3
-    held = prepare(wanted).held_out["documents"]
-    nats = tokens = 0.0
+    model = masformer.load(done["checkpoint"])
+    assert str(plan_of(model)) == MIXED
+    assert max_positions(model.config) == max(length, 1024)
+    assert str(load_config(done["checkpoint"])[1]) == MIXED
+    held, nats, tokens = prepare(wanted).held_out["documents"], 0.0, 0
     for index in range(3):
-        one = held.sequence(index)
-        ids, positions = (torch.from_numpy(x)[None] for x in (one.input_ids, one.position_ids))
-        with torch.no_grad():
-            log_p = adapted(ids, position_ids=positions).logits.log_softmax(-1)[0, :-1]
-        wanted_ids = torch.from_numpy(one.labels)[1:]
-        kept = wanted_ids >= 0
-        nats -= float(log_p[kept].gather(1, wanted_ids[kept][:, None]).sum())
-        tokens += int(kept.sum())
-    assert nats / tokens == pytest.approx(done["metrics"]["eval_documents_loss"], abs=1e-5)
-    assert before.keys() >= {"model.embed_tokens.weight"}
+        with objective_of(model), torch.no_grad():
+            losses = model(**collate([held.sequence(index)]))
+        nats, tokens = nats + float(losses.nats), tokens + losses.tokens
+    assert nats / tokens == pytest.approx(done["metrics"]["eval_documents_loss"], abs=1e-4)
+    with pytest.raises((OSError, ValueError, TypeError)):
+        AutoModelForCausalLM.from_pretrained(done["checkpoint"])
+
+
+def test_other_weights_of_the_same_shape_are_another_training(folder: Path, tmp_path: Path) -> None:
+    run(recipe(folder, tmp_path / "run", training={"steps": 2}))
+    other = masformer.load(str(folder / "model"))
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    shutil.copytree(folder / "model", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"is of another training.*weights"):
+        run(recipe(folder, tmp_path / "run", training={"steps": 2}, model=str(tmp_path / "other")))
+
+
+def test_what_is_reported_and_kept_may_change_on_the_way(folder: Path, tmp_path: Path) -> None:
+    """And a launcher's own precision does not go before the recipe's."""
+    run(recipe(folder, tmp_path, logging={"every": 4}), stop=4)
+    reported = {"evaluation": {"every": 3, "sequences": 1}, "saving": {"every": 3, "keep": 9}, "logging": {"every": 2}}
+    done = run(recipe(folder, tmp_path, **reported))
+    assert sorted(int(path.name[11:]) for path in tmp_path.glob("checkpoint-*")) == [5, 6, 9, 10]
+    assert [line["step"] for line in lines(tmp_path) if "nats" in line] == [4, 5, 6, 8, 9, 10]
+    assert sum(line["tokens"] for line in lines(tmp_path) if "nats" in line) == 10 * 4 * 64
+    assert [line["step"] for line in lines(tmp_path) if "eval_documents_loss" in line] == [0, 4, 6, 9, 10]
+    assert masformer.load(done["checkpoint"]).config.use_cache is True
+
+
+def test_a_launcher_does_not_change_the_precision(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe(folder, tmp_path / "plain", training={"steps": 2}))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run(recipe(folder, tmp_path / "launched", training={"steps": 2}))
+    assert lines(tmp_path / "launched") == lines(tmp_path / "plain")
 
 
 # fmt: off
