@@ -100,12 +100,11 @@ def with_gradients(compute, tensors, grad):
 def check(case: Case) -> list[str]:
     """Output and gradients: error at most twice that of dense torch attention in the same dtype, plus a floor.
 
-    In float32 the error is the largest one, and the floor five times below the one agreed on (2e-6, not 1e-5; 1e-6 holds
-    on some processors only). In bfloat16 it is the root mean square, with a floor ten times below
-    the one agreed on (1e-3, not 1e-2): there the largest of some thousand roundings is a lottery that torch loses
-    against itself when the gradients of a shared key head are added up in another order; test_attend.py measures
-    how often. Returned are the tensors whose largest bfloat16 error is above twice the dense one plus 1e-2, for the
-    caller to count.
+    In float32 the error is the largest one, with a floor five times below the one agreed on (2e-6, not 1e-5; 1e-6
+    holds on some processors only). In bfloat16 it is the root mean square, with a floor ten times below the one agreed
+    on (1e-3, not 1e-2): there the largest of some thousand roundings is a lottery that torch loses against itself when
+    the gradients of a shared key head are added up in another order; test_attend.py measures how often. Returned are
+    the tensors whose largest bfloat16 error is above twice the dense one plus 1e-2, for the caller to count.
     """
     *qkv, grad = inputs(case)
     numbers, positions = documents(case)
