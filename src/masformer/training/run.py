@@ -60,6 +60,8 @@ def train(
     """
     prepared = prepare(recipe) if prepared is None else prepared
     output = Path(recipe.output)
+    if not any(output.glob("checkpoint-*")):
+        prepared.refuse_too_large()  # before anything is written
     output.mkdir(parents=True, exist_ok=True)
     args = _arguments(recipe, cpu)
     with contextlib.ExitStack() as stack:
@@ -72,9 +74,10 @@ def train(
         [found] = broadcast_object_list([found])
         if found is not None and found.step >= recipe.training.steps:
             return {"step": found.step, "checkpoint": str(found.folder), "signal": None, "metrics": {}}
-        prepared.refuse_too_large()
-        if found is not None and args.process_index == 0:
-            say(f"going on from {found.folder}")
+        if found is not None:
+            prepared.refuse_too_large()
+            if args.process_index == 0:
+                say(f"going on from {found.folder}")
         return _run(recipe, prepared, args, checkpoints, found, progress)
 
 
