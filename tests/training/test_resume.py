@@ -293,6 +293,19 @@ def test_what_is_reported_and_kept_may_change_on_the_way(folder: Path, tmp_path:
     assert masformer.load(done["checkpoint"]).config.use_cache is True
 
 
+def test_what_training_would_leave_out_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The loss of a router, and a parent that is none."""
+    shutil.copytree(folder / "model", tmp_path / "router")
+    file = tmp_path / "router" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "output_router_logits": True}))
+    with pytest.raises(InputError, match="output_router_logits"):
+        prepare(recipe(folder, tmp_path / "run", model=str(tmp_path / "router")))
+    shutil.copytree(folder / "model", tmp_path / "converted")
+    convert(masformer.load(str(folder / "model")), SpanPlan.parse(MIXED)).save_pretrained(tmp_path / "converted")
+    with pytest.raises(InputError, match=r"distill needs a parent, and .*converted is converted"):
+        prepare(recipe(folder, tmp_path / "run", model=str(tmp_path / "converted"), training={"distill": 0.5}))
+
+
 def test_a_launcher_does_not_change_the_precision(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

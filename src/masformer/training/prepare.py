@@ -119,11 +119,10 @@ class Prepared:
         parent where it teaches, what the layers keep for the backward pass, and the logits of a chunk.
         """
         training, shape = self.recipe.training, self.shape
-        trained = shape.parameters if training.lora is None else self._lora_parameters(training.lora.rank)
-        weights = 4 * shape.parameters * (2 if training.distill else 1) + 12 * trained
+        trained, beside = shape.parameters, 0
         if (lora := training.lora) is not None:
-            trained += shape.head_parameters * lora.embeddings
-            weights = 4 * shape.parameters * (2 if training.distill else 1) + 16 * trained
+            trained = beside = self._lora_parameters(lora.rank) + shape.head_parameters * lora.embeddings
+        weights = 4 * (shape.parameters * (2 if training.distill else 1) + beside) + 12 * trained
         tokens = training.micro_batch * max(length for _, length in self.train.lengths)
         number = 2 if training.precision == "bf16" else 4
         kept = KEPT_PER_WIDTH * number * tokens * shape.linear_parameters // (shape.layers * shape.hidden)

@@ -23,7 +23,7 @@ from ..errors import InputError
 from ..models.checkpoint import load
 from ..models.convert import convert
 from ..models.families import native_plan
-from ..models.positions import check_positions, extend
+from ..models.positions import extend
 from .checkpoints import Checkpoint, Checkpoints
 from .meter import Meter, matmul_peak
 from .prepare import Prepared, prepare
@@ -107,7 +107,7 @@ def _run(
             checkpoints=checkpoints,
             meter=meter,
             gradient_limit=recipe.training.gradient_limit,
-            teacher=_teacher(recipe, prepared, args) if recipe.training.distill else None,
+            teacher=_teacher(recipe, args) if recipe.training.distill else None,
             distill=recipe.training.distill,
             adapts=_stands_upon(recipe, prepared),
             say=progress,
@@ -181,10 +181,9 @@ def _model(recipe: Recipe, prepared: Prepared) -> PreTrainedModel:
     return convert(model, prepared.plan)
 
 
-def _teacher(recipe: Recipe, prepared: Prepared, args: TrainingArguments) -> PreTrainedModel:
+def _teacher(recipe: Recipe, args: TrainingArguments) -> PreTrainedModel:
     """The parent, with spans like its own so that packed documents are kept apart."""
     parent = load(recipe.model, dtype=torch.bfloat16 if args.bf16 else torch.float32)
-    check_positions(parent.config, max(length for _, length in prepared.train.lengths))
     parent.requires_grad_(False).to(args.device)  # type: ignore[arg-type]
     return convert(parent, native_plan(parent.config), check=False)
 
