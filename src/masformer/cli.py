@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from .cli_eval import evaluate, report
+from .cli_model import Debug, Device, Json, Model, load_with_plan
 from .cli_output import (
     INTERRUPTED,
     UsageError,
@@ -24,29 +25,20 @@ from .cli_output import (
     exit_code,
     message,
     print_json,
-    progress,
     refuse_used,
     say,
     write_whole,
 )
 from .cli_plan import PlanFlags, cost_table, costed, described, in_one_line, in_words, pairs, percent, takes_plan
-from .cli_train import Debug, Json, fetch, train
+from .cli_train import fetch, train
 from .errors import InputError
 from .spans import Full, SpanPlan
-
-if TYPE_CHECKING:
-    from .data.documents import Document
-    from .evaluation.loss import LossByPosition
-    from .evaluation.texts import Cut
 
 app = typer.Typer(
     help="Mixed attention spans for pretrained decoders: full attention at a few layers, local at the others.",
     add_completion=False,
     rich_markup_mode="rich",
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, hub id or GGUF file, converted or not.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; a GPU if there is one.")]
 
 
 def main() -> None:
@@ -157,7 +149,7 @@ def convert(
     quiet()
     refuse_used(out)
     _check_extension(model, max_length, positions)
-    loaded, chosen = _load(model, flags, device, check=True)
+    loaded, chosen = load_with_plan(model, flags, device, check=True)
     if max_length and positions:
         extend(loaded, max_length, positions)
     tokenizer = None if Path(model).exists() and not has_tokenizer(model) else load_tokenizer(model)
@@ -197,81 +189,8 @@ def _check_extension(model: str, length: int | None, method: str | None) -> None
 
 app.command()(train)
 app.command()(fetch)
-
-
-@app.command("eval")
-@takes_plan
-def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders, hub ids or GGUF files.")],
-    *,
-    flags: PlanFlags,
-    data: Annotated[Path, typer.Option(help="A .txt or .jsonl file, or a folder of these.")],
-    length: Annotated[int, typer.Option(callback=at_least(2), help="Tokens that every document is cut to.")],
-    items: Annotated[int, typer.Option(callback=at_least(1), help="Documents at most.")] = 10,
-    device: Device = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Loss by position on documents of one exact length; a plan given here holds for every MODEL.
-
-    Example: masformer eval MODEL OUT --data speeches.jsonl --length 4096 --items 10
-    """
-    from .data.documents import read_documents
-    from .models.tokenizer import quiet
-
-    quiet()
-    documents = read_documents(data)
-    cuts = [_cut(model, flags, documents, length, items) for model in models]  # all are refused before any is run
-    results = [_evaluated(model, flags, cut, device) for model, cut in zip(models, cuts, strict=True)]
-    if json:
-        print_json({"length": length, "models": [facts for facts, _ in results]})
-        return
-    _print_losses([(f"{number}", loss) for number, (_, loss) in enumerate(results, start=1)])
-    for number, (facts, _) in enumerate(results, start=1):
-        print(f"{number}: {facts['model']} ({facts['plan']}), {facts['documents']} documents")
-
-
-def _cut(model: str, flags: PlanFlags, documents: Sequence[Document], length: int, items: int) -> Cut:
-    from .evaluation.texts import cut_documents
-    from .models.checkpoint import load_config
-    from .models.positions import check_positions
-    from .models.tokenizer import load_tokenizer
-
-    config, own = load_config(model)
-    flags.plan_for(len(own), own)
-    check_positions(config, length)
-    cut = cut_documents(load_tokenizer(model), documents, length=length, items=items)
-    if cut.short:
-        say(f"{model}: {cut.short} documents shorter than {length:,} tokens were skipped (longest: {cut.longest:,})")
-    if len(cut.ids) < items:
-        say(f"{model}: {len(cut.ids)} documents instead of {items}")
-    return cut
-
-
-def _evaluated(model: str, flags: PlanFlags, cut: Cut, device: str | None) -> tuple[dict[str, Any], LossByPosition]:
-    from .evaluation.loss import loss_by_position
-
-    loaded, chosen = _load(model, flags, device)
-    with progress(model, cut.length * len(cut.ids)) as advance:
-        loss = loss_by_position(loaded, cut.ids, sizes=cut.sizes, progress=advance)
-    facts = {"model": model, "plan": str(chosen), "documents": len(cut.ids), "skipped": cut.short, **loss.to_json()}
-    return facts, loss
-
-
-def _print_losses(results: Sequence[tuple[str, LossByPosition]]) -> None:
-    table = Table("position", "tokens", *(f"nats/token {name}" for name, _ in results))
-    for column in table.columns:
-        column.justify = "right"
-    first = results[0][1]
-    for index, bucket in enumerate(first.buckets):
-        losses = [f"{loss.buckets[index].nats_per_token:.4f}" for _, loss in results]
-        table.add_row(f"{bucket.low:,} to {bucket.high - 1:,}", f"{bucket.tokens:,}", *losses)
-    table.add_section()
-    table.add_row("all", f"{first.tokens:,}", *(f"{loss.nats_per_token:.4f}" for _, loss in results))
-    table.add_row("perplexity", "", *(f"{loss.perplexity:.2f}" for _, loss in results))
-    if all(loss.bits_per_byte for _, loss in results):
-        table.add_row("bits/byte", "", *(f"{loss.bits_per_byte:.4f}" for _, loss in results))
-    Console().print(table)
+app.command("eval")(takes_plan(evaluate))
+app.command()(report)
 
 
 @app.command()
@@ -306,7 +225,7 @@ def generate(
     tokenizer = load_tokenizer(model)
     ids = prompt_ids(tokenizer, text, chat=chat)
     check_positions(config, ids.shape[1] + max_new_tokens)
-    loaded, chosen = _load(model, flags, device)
+    loaded, chosen = load_with_plan(model, flags, device)
     _seed(seed)
     show = None if json else (lambda piece: print(piece, end="", flush=True))
     result = generate_text(loaded, tokenizer, ids, new_tokens=max_new_tokens, temperature=temperature, show=show)
@@ -351,32 +270,6 @@ def demo(
     facts = run_demo(out, device=device, say=say if json else print)
     if json:
         print_json(facts)
-
-
-def _load(model: str, flags: PlanFlags, device: str | None, check: bool = False) -> tuple[Any, SpanPlan]:
-    """The model with the plan that was asked for; refused before its weights are read where that does not fit."""
-    from .models.checkpoint import load, load_config
-    from .models.convert import convert as give_spans
-    from .models.convert import plan_of
-
-    _, own = load_config(model)
-    chosen, where = flags.plan_for(len(own), own), _device(device)
-    loaded = load(model, device=where)
-    if check or chosen != plan_of(loaded):
-        give_spans(loaded, chosen)
-    return loaded, chosen
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _seed(seed: int) -> None:

@@ -14,12 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_model import Debug, Json
 from .cli_output import INTERRUPTED, UsageError, print_json, say
 from .cli_plan import in_words, percent
 from .errors import InputError
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def train(

@@ -14,11 +14,15 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import CorruptError, InputError, MasformerError, ResourceError
+
+if sys.platform != "win32":
+    import fcntl
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,6 +105,26 @@ def put(built: Path, target: Path) -> None:
             raise
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
     _sync(target.parent)
+
+
+def locked(file: Path) -> int:
+    """A handle of `file` under a lock that ends with the handle, or with this process, however it ends.
+
+    Raises:
+        InputError: another process has it.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                raise InputError(
+                    f"another process writes into {file.parent}: wait for its end or name another folder"
+                ) from error
+            raise
+    return handle
 
 
 @contextlib.contextmanager

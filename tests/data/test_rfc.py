@@ -13,6 +13,7 @@ import pytest
 from masformer.data import rfc
 from masformer.data.documents import read_documents
 from masformer.errors import CorruptError, InputError, ResourceError
+from masformer.files import read_manifest
 
 FULL_LINE = "   A spoon that rests in a drawer is a spoon at rest, and stays at rest"
 LONG = "Nothing is known of it. " * 20
@@ -135,6 +136,104 @@ def test_every_rfc_is_written_once_with_its_title_and_abstract(tmp_path):
     assert written["rfc10"]["abstract"] == ""
 
 
+SUMMARY = " ".join(f"Rule {number} says how a spoon of size {number} is put down." for number in range(6))
+BODY = "1.  Introduction\n\n" + "".join(f"   Spoons of kind {n} are washed on day {n} and dried.\n" for n in range(200))
+TITLE = "Kitchen Group    A. Cook\n\n          The Spoon Protocol\n\n"
+
+
+def indented(text, by=3):
+    return "".join(f"{' ' * by}{line}\n" for line in text.replace(". ", ".\n").split("\n"))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        f"Abstract\n\n{indented(SUMMARY)}\n",
+        f"Abstract:\n{indented(SUMMARY)}\n",
+        f"Status of this Memo\n\n   It is a memo.\n\n1. ABSTRACT\n\n{indented(SUMMARY)}\n",
+        f"                 Abstract\n\n{indented(SUMMARY, 0)}\n",
+        f"Abstract\n\n{indented(SUMMARY[:150])}\n      * a list\n\n{indented(SUMMARY[150:])}\n",
+    ],
+)
+def test_a_body_begins_behind_its_own_abstract(own):
+    assert rfc.pair(TITLE + own + BODY, SUMMARY) == (BODY, SUMMARY)
+
+
+def test_what_follows_the_abstract_stays_in_the_body():
+    for rest in ("Status of This Memo\n\n   It is a memo.\n\n", "Kitchen Note\n\n   Be careful.\n\n"):
+        text = f"{TITLE}Abstract\n\n{indented(SUMMARY)}\n{rest}{BODY}"
+        assert rfc.pair(text, SUMMARY) == (rest + BODY, SUMMARY)
+
+
+def test_a_text_without_an_abstract_of_its_own_is_kept_whole():
+    assert rfc.pair(TITLE + BODY, SUMMARY) == (TITLE + BODY, SUMMARY)
+    late = TITLE + "   A line.\n" * 200 + f"Abstract\n\n   of something else\n\n{BODY}"
+    assert rfc.pair(late, SUMMARY) == (late, SUMMARY)
+
+
+@pytest.mark.parametrize(
+    ("body", "summary", "kept"),
+    [
+        (BODY, SUMMARY[:149], False),
+        (BODY, SUMMARY[:150], True),
+        (BODY, "word " * 319 + "words", True),
+        (BODY, "word " * 319 + "wordss", False),
+        (BODY[:7999], SUMMARY, False),
+        (BODY[:8000], SUMMARY, True),
+    ],
+)
+def test_pairs_have_the_sizes_that_are_told(body, summary, kept):
+    assert (rfc.pair(f"Abstract\n\n   It.\n\n{body}", summary) is not None) == kept
+
+
+def test_an_abstract_whose_end_is_not_found_makes_no_pair():
+    text = f"{TITLE}Abstract\n\n{indented(SUMMARY, 0)}\n{BODY.replace('1.  Introduction', 'and so on')}"
+    assert rfc.pair(text.replace("   Spoons", "Spoons"), SUMMARY) is None
+    assert rfc.pair(TITLE + "Abstract\n", SUMMARY) is None
+
+
+def test_a_copied_abstract_makes_no_pair():
+    words = [f"word{number}" for number in range(28)]  # 21 runs of 8
+    summary = " ".join(words) + "." * 10
+    for copied in (17, 18):  # 10 and 11 of the runs
+        part = " ".join(words[:copied]).upper().replace(" ", ",\n   ")
+        assert rfc.copied(summary, f"{BODY}\n   {part} {BODY}") == (copied - 7) / 21
+        assert (rfc.pair(f"{BODY}\n   {part}\n{BODY}", summary) is None) == (copied == 18)
+    assert rfc.copied("a spoon is", "it is a spoon, is it") == 1
+    assert rfc.copied("a spoon is", "a spoon isle") == 0
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        "This memo provides information for the Internet community. It does not specify an Internet standard.",
+        "This memo defines an Experimental Protocol for the Internet community.",
+        "This document specifies an Internet standards track protocol for the Internet community, and requests more.",
+    ],
+)
+def test_the_status_of_a_memo_is_no_part_of_a_summary(status):
+    assert rfc.pair(BODY, f"{SUMMARY} {status}") == (BODY, SUMMARY)
+    early = f"{status} {SUMMARY}"
+    assert rfc.pair(BODY, early) == (BODY, early), "in front of the abstract it may be a part of it"
+
+
+def test_summaries_are_those_of_val_and_test_alone(tmp_path):
+    folder = tmp_path / "tree" / WHERE
+    folder.mkdir(parents=True)
+    numbers = range(1, 61)
+    for number in numbers:
+        (folder / f"rfc{number}.txt").write_text(f"{TITLE}Abstract\n\n{indented(SUMMARY)}\n{BODY}")
+        (folder / f"rfc{number}.json").write_text(json.dumps({"abstract": SUMMARY + " [STANDARDS-TRACK]"}))
+    counts = rfc.write(tmp_path / "tree", tmp_path)
+    sides = rfc.split({number: [] for number in numbers})
+    expected = [f"rfc{number}" for number in numbers if sides[number] != "train"]
+    assert 0 < len(expected) < 20
+    pairs = [json.loads(line) for line in (tmp_path / "rfc-summaries.jsonl").read_text().splitlines()]
+    assert pairs == [{"id": name, "text": BODY, "summary": SUMMARY} for name in expected]
+    assert counts["summaries"] == len(pairs)
+    assert counts["train"] + counts["val"] + counts["test"] == len(numbers)
+
+
 @pytest.fixture
 def target(tmp_path):
     """The folder to fetch into; alone in its parent, so that a test sees what is left there."""
@@ -161,10 +260,12 @@ def test_a_folder_is_made_once_and_read_as_documents(target, downloads):
     assert len(downloads) == 1
     assert left_beside(target) == ["rfc"]
     assert sorted(file.name for file in target.iterdir()) == [
-        "manifest.json", "rfc-test.jsonl", "rfc-train.jsonl", "rfc-val.jsonl"
+        "manifest.json", "rfc-summaries.jsonl", "rfc-test.jsonl", "rfc-train.jsonl", "rfc-val.jsonl"
     ]  # fmt: skip
     assert said[0] == "downloading 8 packages doc-rfc-* 20230121-1"
     assert "documents in rfc-train.jsonl" in said[-1]
+    assert said[-1].endswith(", 0 documents in rfc-summaries.jsonl")
+    assert read_manifest(target)["documents"].keys() == {"train", "val", "test", "summaries"}
     full = [file for file in target.glob("*.jsonl") if file.stat().st_size]
     assert sum(len(read_documents(file)) for file in full) == 3
 
@@ -180,7 +281,7 @@ def test_an_interrupted_build_leaves_nothing(target, downloads, monkeypatch):
     assert left_beside(target) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "removed", "other packages", "own file"])
+@pytest.mark.parametrize("damage", ["truncated", "removed", "no summaries", "other packages", "own file"])
 def test_a_damaged_or_foreign_folder_is_refused_and_kept(target, downloads, monkeypatch, damage):
     if damage == "own file":
         target.mkdir()
@@ -191,8 +292,10 @@ def test_a_damaged_or_foreign_folder_is_refused_and_kept(target, downloads, monk
         max(target.glob("*.jsonl"), key=lambda file: file.stat().st_size).write_text("{")
     elif damage == "removed":
         (target / "rfc-val.jsonl").unlink()
+    elif damage == "no summaries":
+        (target / "rfc-summaries.jsonl").unlink()
     elif damage == "other packages":
-        monkeypatch.setattr(rfc, "ABOUT", {"format": 2})
+        monkeypatch.setattr(rfc, "ABOUT", {"format": 1, "packages": rfc.PACKAGES})
     before = left_beside(target / "x")
     with pytest.raises(CorruptError, match="delete it or name another folder"):
         rfc.rfc(target)
@@ -330,3 +433,8 @@ def test_the_real_packages_give_the_recorded_sums(tmp_path):
         file = tmp_path / "rfc" / f"rfc-{side}.jsonl"
         assert hashlib.sha256(file.read_bytes()).hexdigest() == expected, side
         file.unlink()  # pytest keeps what is left
+    pairs = lines_of(tmp_path / "rfc")  # of the summaries, which alone are left
+    assert len(pairs) > 200
+    for line in pairs:
+        assert len(line["text"]) >= 8000
+        assert 150 <= len(line["summary"]) <= 1600

@@ -1,13 +1,24 @@
 """Loss by position against a plain loop over transformers' own logits, and the buckets against a hand count."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from masformer.data.fetch import smollm2
 from masformer.errors import InputError
-from masformer.evaluation.loss import default_edges, loss_by_position, token_losses
+from masformer.evaluation import loss as loss_module
+from masformer.evaluation.loss import (
+    bucketed,
+    default_edges,
+    loss_by_position,
+    repeat_distances,
+    sliding_losses,
+    token_losses,
+)
 from masformer.models.convert import applied
 from masformer.models.head import Head
 from masformer.spans import SpanPlan
@@ -56,6 +67,18 @@ def test_token_losses_are_those_of_a_converted_model(model):
         expected, got = plain_losses(model, ids), token_losses(model, ids[None])[0]
     torch.testing.assert_close(got, torch.tensor(expected), atol=1e-6, rtol=1e-6)
     assert float((got - torch.tensor(plain_losses(model, ids))).abs().max()) > 1e-2  # the spans made a difference
+
+
+def test_losses_over_a_large_vocabulary_are_exact():
+    """With the vocabulary as the middle one of three axes they are 4e-5 too low at this size, now 5e-7."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    large = LlamaForCausalLM(LlamaConfig(vocab_size=50_000, initializer_range=0.5, **sizes)).eval()
+    ids = torch.randint(0, 50_000, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = large(ids).logits.double()
+    exact = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, 39)
+    assert abs(float((token_losses(large, ids).double() - exact).mean())) < 1e-5
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once(model, monkeypatch):
@@ -157,3 +180,146 @@ def test_a_loss_that_is_no_number_is_refused(model):
     finally:
         with torch.no_grad():
             model.lm_head.weight.copy_(weight)
+
+
+def plain_sliding(model, ids, length, stride):
+    """The loop of transformers' documentation, with full logits and its own count of what is new in a window."""
+    losses, done = {}, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + length, len(ids))
+        begin = max(end - length, 0)
+        with torch.no_grad():
+            logits = model(ids[None, begin:end]).logits[0]
+        for t in range(max(begin + 1, done), end):
+            losses[t] = float(F.cross_entropy(logits[t - 1 - begin], ids[t]))
+        done = end
+        if end == len(ids):
+            break
+    assert sorted(losses) == list(range(1, len(ids)))
+    return torch.tensor([losses[t] for t in range(1, len(ids))])
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 15])
+@pytest.mark.parametrize("tokens", [2, 15, 16, 17, 18, 40, 61, 100])
+def test_sliding_losses_are_those_of_a_plain_loop(model, tokens, stride):
+    ids = document(tokens)
+    got, expected = sliding_losses(model, ids, length=16, stride=stride, chunk=5), plain_sliding(model, ids, 16, stride)
+    assert got.shape == (tokens - 1,)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-6)
+    assert abs(float(got.double().mean() - expected.double().mean())) < 1e-6
+
+
+def test_a_document_within_the_length_runs_whole(model):
+    ids = document(40)
+    assert torch.equal(sliding_losses(model, ids, length=40, stride=7), token_losses(model, ids[None])[0])
+
+
+def test_windows_are_full_overlap_as_asked_and_predict_each_token_once(model, monkeypatch):
+    seen, ids = [], torch.arange(23) % VOCABULARY
+
+    def noted(model, ids, *, chunk, first):
+        seen.append((ids[0].tolist(), first))
+        return token_losses(model, ids, chunk=chunk, first=first)
+
+    monkeypatch.setattr(loss_module, "token_losses", noted)
+    sliding_losses(model, ids, length=10, stride=4)
+    assert [(window[0], window[-1], first) for window, first in seen] == [
+        (0, 9, 1), (4, 13, 6), (8, 17, 6), (12, 21, 6), (13, 22, 9)
+    ]  # fmt: skip
+
+
+def test_sliding_losses_leave_the_mode_and_use_the_evaluation_mode(model):
+    dropping = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "attention_dropout": 0.5})).train()
+    ids = document(30)
+    once, again = (sliding_losses(dropping, ids, length=10, stride=4) for _ in range(2))
+    assert torch.equal(once, again)
+    assert dropping.training
+
+
+@pytest.mark.parametrize(
+    ("ids", "length", "stride", "words"),
+    [
+        (document(50), 16, 0, r"must be 1 to 15, got 0"),
+        (document(50), 16, 16, r"must be 1 to 15, got 16"),
+        (document(5), POSITIONS + 1, 8, f"{POSITIONS + 1} tokens are more than the model's {POSITIONS} positions"),
+        (document(1), 16, 8, "the document has 1 tokens"),
+        (document(6).reshape(2, 3), 16, 8, r"the document has shape \[2, 3\]"),
+    ],
+)
+def test_what_no_window_can_do_is_refused(model, ids, length, stride, words):
+    with pytest.raises(InputError, match=words):
+        sliding_losses(model, ids, length=length, stride=stride)
+
+
+def test_a_sliding_loss_that_is_no_number_is_refused(model):
+    broken = LlamaForCausalLM(model.config)
+    with torch.no_grad():
+        broken.lm_head.weight[0] = math.nan
+    with pytest.raises(InputError, match="loss of the document is not a finite"):
+        sliding_losses(broken, document(50), length=16, stride=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [64, 200])
+def test_sliding_losses_of_a_real_model_are_those_of_transformers(stride):
+    folder = smollm2(Path(__file__).parents[2] / "models" / "smollm2-135m-instruct")  # fetched if it is not there
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = " ".join(f"The {n}th visitor of the old library asked for {n * n} books." for n in range(40))
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
+    assert len(ids) > 600
+    got, expected = sliding_losses(model, ids, length=256, stride=stride), plain_sliding(model, ids, 256, stride)
+    assert abs(float(got.double().mean() - expected.double().mean())) < 1e-6
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "distances"),
+    [
+        ([7, 8, 9, 7, 8, 9], 3, [0, 0, 0, 0, 3]),
+        ([5, 5, 5, 5, 5], 3, [0, 0, 1, 1]),
+        ([1, 2, 3, 4, 1, 2, 9, 1, 2], 2, [0, 0, 0, 0, 4, 0, 0, 3]),  # the last of several
+        ([4, 6, 4, 4], 1, [0, 2, 1]),
+        ([1, 2], 3, [0]),
+    ],
+)
+def test_repeat_distances_by_hand(ids, n, distances):
+    assert repeat_distances(torch.tensor(ids), n).tolist() == distances
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_repeat_distances_are_those_of_brute_force(n):
+    ids = torch.randint(0, 4, (150,), generator=torch.Generator().manual_seed(n)).tolist()
+
+    def slow(t):
+        places = (s for s in range(t - 1, n - 2, -1) if ids[s - n + 1 : s + 1] == ids[t - n + 1 : t + 1])
+        return t - next(places, t) if t >= n - 1 else 0
+
+    got = repeat_distances(torch.tensor(ids), n)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [slow(t) for t in range(1, 150)]
+    assert 0 < int((got == 0).sum()) < 149
+
+
+def test_runs_of_no_token_are_refused():
+    with pytest.raises(InputError, match="got 0"):
+        repeat_distances(document(5), 0)
+
+
+def test_rows_by_place_are_those_of_a_hand_count():
+    values, places = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), torch.tensor([0, 1, 2, 3, 9, 10])
+    assert bucketed(values, places, [1, 3, 4, 10]) == [(1, 3, 2, 6.0), (3, 4, 1, 8.0), (4, 10, 1, 16.0)]
+    assert bucketed(values, places, [0, 1, 100]) == [(0, 1, 1, 1.0), (1, 100, 5, 62.0)]
+    assert bucketed(values > 3, places, [20, 30]) == [(20, 30, 0, 0.0)]
+    assert bucketed(values > 3, places, [0, 30]) == [(0, 30, 6, 4.0)]
+
+
+def test_rows_are_summed_in_float64():
+    ((*_, total),) = bucketed(torch.full((100_000,), 0.1), torch.ones(100_000, dtype=torch.int64), [1, 2])
+    assert total == pytest.approx(100_000 * float(torch.tensor(0.1)), rel=1e-12)
+
+
+@pytest.mark.parametrize("edges", [[], [1], [-1, 3], [2, 2]])
+def test_rows_without_increasing_edges_are_refused(edges):
+    with pytest.raises(InputError, match="edges"):
+        bucketed(torch.ones(3), torch.arange(3), edges)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from masformer.errors import InputError, ResourceError
-from masformer.report.page import Figure, Section, Table, write_page
+from masformer.report.page import Figure, Section, Table, interval, number, write_page
 
 pytest.importorskip("jinja2")
 
@@ -102,7 +102,9 @@ def test_the_page_asks_for_nothing_outside_itself(page):
     for _, attributes, _ in page.elements:
         for name in ("src", "href"):
             assert attributes.get(name, "#").startswith(("#", "data:"))
-    assert page.all("script") == []
+    assert [attributes for attributes, _ in page.all("script")] == [{}], "one script, inline"
+    policies = [meta["content"] for meta, _ in page.all("meta") if "http-equiv" in meta]
+    assert policies[0].startswith("default-src 'none'; ")
 
 
 def test_it_fits_phones_and_the_dark(page):
@@ -118,11 +120,43 @@ def test_a_short_page_has_no_contents(tmp_path):
     ("cell", "is_number"),
     [
         *[(cell, True) for cell in ("3", "-0.5", "2.31 ± 0.02", "188.7 MB", "72.9%", "12.1 tokens/s", "1,024", "-")],
-        *[(cell, False) for cell in ("all 30", "", "0, 7, 8", "block 8", "3 layers")],
+        *[(cell, True) for cell in ("3/5", "\u22120.1 to +0.2", "16 to 31", "72.9 %", "59.6 to 98.2 %", "∞", "\u2013")],
+        *[(cell, False) for cell in ("all 30", "", "0, 7, 8", "block 8", "3 layers", "3 of 5", "one to 2")],
     ],
 )
 def test_what_counts_as_a_number(cell, is_number):
     assert Table(["a"], [[cell]], "c").is_numeric(0) == is_number
+
+
+def test_cells_of_numbers():
+    assert [number(x) for x in (2.5, -0.0123, None, float("inf"), -0.0001)] == [
+        "2.500",
+        "\u22120.012",
+        "\u2013",
+        "∞",
+        "0.000",
+    ]
+    assert [number(x, 1, sign=True) for x in (1234.56, -3, 0.01)] == ["+1,234.6", "\u22123.0", "0.0"]
+    assert number(0.729, 1, percent=True) == "72.9 %"
+    assert interval(-0.1, 0.2, 1, sign=True) == "\u22120.1 to +0.2"
+    assert interval(0.5, 1, 1, percent=True) == "50.0 to 100.0 %"
+    assert interval(None, None) == "\u2013"
+
+
+def test_the_same_picture_twice_has_ids_of_its_own(tmp_path):
+    body = '<title id="x-t">x</title><g id="x"></g><use href="#x"/><g clip-path="url(#x)"/>'
+    svg = f'<svg aria-labelledby="x-t x">{body}</svg>'
+    figures = [Figure("One", svg), Figure("Two", svg), Figure("Three", SVG), Figure("Four", SVG)]
+    html = write_page(tmp_path / "a.html", title="t", sections=[Section("s", figures=figures)]).read_text("utf-8")
+    assert svg in html
+    other = '<svg aria-labelledby="x-t-2 x-2"><title id="x-t-2">x</title><g id="x-2"></g><use href="#x-2"/>'
+    assert other + '<g clip-path="url(#x-2)"/></svg>' in html
+
+
+def test_small_figures_stand_side_by_side(tmp_path):
+    figures = [Figure("One", SVG, small=True), Figure("Two", SVG)]
+    page = Page(write_page(tmp_path / "a.html", title="t", sections=[Section("s", figures=figures)]).read_text("utf-8"))
+    assert [attributes.get("class") for attributes, _ in page.all("figure")] == ["small", None]
 
 
 @pytest.mark.parametrize(

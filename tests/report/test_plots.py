@@ -3,7 +3,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from masformer.report.plots import bars, loss_by_position
+from masformer.report.heatmap import colour, heat_map, ink_on
+from masformer.report.plots import bars, lines, loss_by_position, short, trade_off, undominated
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -15,8 +16,18 @@ SERIES = {
 GROUPS = {"parent": [1.0, 1.0], "chosen": [0.4, 0.25]}
 
 
+SCORES = {(0.1, 1024): 1.0, (0.9, 1024): 0.5, (0.1, 4096): 0.0}
+POINTS = {"parent": (10.0, 2.0), "chosen": (4.0, 2.1), "all local": (1.0, 3.0), "worse": (5.0, 2.5)}
+
+
 def draw_both():
     return [loss_by_position(SERIES), bars(["prefill", "decode"], GROUPS, "relative cost")]
+
+
+def draw_all():
+    with_bars = {"a": [(0, 1.0, 0.9, 1.2), (1, 2.0, None, None)]}
+    marked = lines(with_bars, "place", "loss", marks={0: "16", 1: "never"}, zero=True)
+    return [*draw_both(), marked, heat_map(SCORES), trade_off(POINTS, "cost", "loss")]
 
 
 def texts(svg):
@@ -32,9 +43,9 @@ def test_the_words_of_a_plot_stay_text():
 
 
 def test_the_same_numbers_give_the_same_bytes_whatever_the_users_settings():
-    first = draw_both()
+    first = draw_all()
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
-        assert draw_both() == first
+        assert draw_all() == first
     assert "<metadata" not in "".join(first)
 
 
@@ -61,7 +72,7 @@ def test_series_differ_in_line_and_marker_beside_the_colour():
 
 
 def test_ink_is_the_pages_own_colour():
-    for svg in draw_both():
+    for svg in draw_all():
         assert "currentColor" in svg
         assert "#010203" not in svg
         assert "#000000" not in svg
@@ -70,7 +81,7 @@ def test_ink_is_the_pages_own_colour():
 
 def test_two_plots_in_one_page_share_no_id_and_every_reference_is_met():
     ids = []
-    for svg in draw_both():
+    for svg in draw_all():
         own = re.findall(r' id="([^"]+)"', svg)
         assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) == set(own)
         ids += own
@@ -78,7 +89,7 @@ def test_two_plots_in_one_page_share_no_id_and_every_reference_is_met():
 
 
 def test_a_plot_brings_no_style_sheet_and_asks_for_nothing_outside():
-    for svg in draw_both():
+    for svg in draw_all():
         assert svg.startswith("<svg")
         assert "<style" not in svg
         assert all("www.w3.org" in address for address in re.findall(r"https?://[^\"]+", svg))
@@ -116,3 +127,65 @@ def test_nothing_to_draw_is_an_error(series):
 def test_bars_that_do_not_fit_their_labels_are_an_error(labels, groups):
     with pytest.raises(ValueError, match="bars needs labels"):
         bars(labels, groups, "y")
+
+
+def test_every_cell_of_a_heat_map_says_its_number():
+    words = texts(heat_map(SCORES))
+    assert {"1.00", "0.50", "0.00", "\u2013", "1,024", "4,096", "0.1", "0.9", "depth"} <= words
+    assert "depth" not in texts(heat_map({(None, 1024): 0.5}))
+    with pytest.raises(ValueError, match="at least one score"):
+        heat_map({})
+
+
+def contrast(one, other):
+    def luminance(rgb):
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_number_is_readable_on_every_colour_and_colours_grow_lighter():
+    grounds = [colour(n / 100) for n in range(101)]
+    for ground in grounds:
+        ink = tuple(int(ink_on(ground)[at : at + 2], 16) / 255 for at in (1, 3, 5))
+        assert contrast(ink, ground) >= 4.5
+    assert [contrast(ground, (0, 0, 0)) for ground in grounds] == sorted(contrast(g, (0, 0, 0)) for g in grounds)
+    assert colour(-1) == grounds[0]
+    assert colour(2) == grounds[-1]
+
+
+def test_what_no_other_point_beats():
+    assert undominated(POINTS) == ["parent", "chosen", "all local"]
+    assert undominated({"a": (1, 0.5), "b": (2, 0.5), "c": (3, 0.9), "d": (3, 0.9)}, more=True) == ["a", "c", "d"]
+    assert set(POINTS) <= texts(trade_off(POINTS, "cost", "loss"))
+    with pytest.raises(ValueError, match="at least one point"):
+        trade_off({}, "cost", "loss")
+
+
+def test_many_points_get_a_legend():
+    many = {f"model {n}": (float(n), 1.0) for n in range(12)}
+    assert set(many) <= texts(trade_off(many, "cost", "loss"))
+
+
+@pytest.mark.parametrize("label", ["$x^", "_hidden", "a\nb\tc", "模型", "</script><b>", "x" * 200, "😀"])
+def test_any_label_can_be_drawn(label):
+    svgs = [
+        lines({label: [(1, 1.0)]}, "x", "y"),
+        trade_off({label: (1, 1)}, "x", "y"),
+        bars([label], {label: [1]}, "y"),
+    ]
+    for svg in svgs:
+        assert short(label) in texts(svg) or short(label, 24) in texts(svg) or short(label, 32) in texts(svg)
+
+
+def test_a_label_keeps_its_style_where_others_are_missing():
+    alone = lines({"b": [(1, 1.0), (2, 2.0)]}, "x", "y", order=["a", "b"])
+    assert "#d55e00" in alone
+    assert "#0d7cc4" not in alone
+
+
+def test_a_long_label_loses_its_middle():
+    assert short("abcdefghij", 7) == "abc…hij"
+    assert short("a\n b") == "a b"

@@ -377,7 +377,7 @@ def test_files_are_as_open_as_the_user_wants_them(run):
 
 def test_a_run_belongs_to_one_process(two):
     with Checkpoints(two, IDENTITY) as first:
-        with pytest.raises(InputError, match=f"^another process trains into {two}: .*name another folder$"):
+        with pytest.raises(InputError, match=f"^another process writes into {two}: .*name another folder$"):
             Checkpoints(two, IDENTITY)
         save(first, 3)
     require(newest(two), 3)

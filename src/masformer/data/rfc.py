@@ -1,11 +1,14 @@
 """The RFCs, some 9,100 long technical documents, as a corpus to train on: fetched through apt and cleaned.
 
-    python -m masformer.data.rfc OUT               # rfc-train.jsonl, rfc-val.jsonl and rfc-test.jsonl in OUT
+    python -m masformer.data.rfc OUT    # rfc-train.jsonl, rfc-val.jsonl, rfc-test.jsonl, rfc-summaries.jsonl in OUT
     rfc(Path("data/rfc"), progress=print)          # the same
 
 One RFC a line, `{"id": "rfc9110", "title": ..., "abstract": ..., "text": ...}`: the whole text without page headers,
 page footers and form feeds, and the RFC Editor's own title and abstract (each may be empty). RFCs that replace one
 another stay on one side, so that no revision of a test document is trained on; quotation across sides remains.
+
+`rfc-summaries.jsonl` has `{"id", "text", "summary"}` for those of val and test whose abstract sums up a long body: see
+`pair`.
 
 They come from Debian's packages doc-rfc-*, of the mirror that apt is configured to use and checked by its keys; this
 takes no root, and nothing of the system's apt is changed. A folder appears complete or not at all.
@@ -38,12 +41,29 @@ VERSION = "20230121-1"
 PARTS = ("std", "std-proposed", "informational", "experimental", "others", "old-std", "fyi-bcp", "misc")
 PACKAGES = [f"doc-rfc-{part}={VERSION}" for part in PARTS]
 SIDES = ("train", "val", "test")
-ABOUT = {"format": 1, "packages": PACKAGES}
+FILES = (*SIDES, "summaries")
+ABOUT = {"format": 2, "packages": PACKAGES}
 ROOM = 1_500_000_000  # bytes of free disk; building takes 1.03e9 at most
 SHORTEST = 400  # characters; below are only notes that an RFC exists as PostScript alone
 
 FOOTER = re.compile(r"\[Page\s+[\divxlc]+\]\s*$", re.I)
 HEADER = re.compile(r"\s*(RFC|Request for Comments|Internet[- ]Draft|NWG/RFC)\b.*\b(19[6-9]|20[0-4])\d\s*$", re.I)
+
+ABSTRACT = re.compile(r"\s*(\d+\.?\s+|[ivx]+\.\s+)?abstract\s*[:.]?\s*", re.I)
+ABSTRACT_WITHIN = 200  # lines from the top
+HEADING = re.compile(
+    r"\s*(\d+(\.\d+)*\.?\s+[A-Z]|[IVX]+\.\s+[A-Z]|((table of )?contents|introduction|overview|status of th\w+ memo|"
+    r"copyright( and licen[sc]e)?( notice)?|acknowledge?ments?|iesg note|foreword|preface|terminology)\s*[:.]?\s*$)",
+    re.I,
+)
+STATUS = re.compile(
+    r"\s*\bThis (memo|document) (provides information|defines an experimental protocol|specifies an? [^.]{0,60})"
+    r" for the Internet community\b.{0,250}$",
+    re.I,
+)
+SUMMARY = (150, 1600)  # characters
+BODY = 8000  # characters at least
+RUN = 8  # words
 
 # The components of an apt source: in a line `deb [options] URI suite component...`, and in a deb822 stanza.
 LINE = re.compile(r"^([ \t]*deb(?:-src)?[ \t]+(?:\[[^]\n]*\][ \t]+)?[^\s[]+[ \t]+\S+)[ \t]+[^#\s].*$", re.M)
@@ -64,7 +84,7 @@ def rfc(folder: Path | str, progress: Callable[[str], Any] | None = None) -> Pat
     """The RFCs in `folder`, which is returned: some 3 minutes and 480 MB of download, and at once the second time.
 
     Args:
-        folder: where the three files shall lie; must be absent, empty, or an earlier result.
+        folder: where the four files shall lie; must be absent, empty, or an earlier result.
         progress: called with one line of text before every step.
 
     Raises:
@@ -101,7 +121,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {name: (folder / name).stat().st_size for name in map("rfc-{}.jsonl".format, SIDES)}
+    return {name: (folder / name).stat().st_size for name in map("rfc-{}.jsonl".format, FILES)}
 
 
 def _require_room(parent: Path) -> None:
@@ -122,7 +142,7 @@ def _build(scratch: Path, progress: Callable[[str], Any]) -> Path:
     progress("cleaning")
     counts = write(tree, built)
     write_manifest(built, {"about": ABOUT, "documents": counts, "bytes": _sizes(built)})
-    progress(", ".join(f"{count:,} documents in rfc-{side}.jsonl" for side, count in counts.items()))
+    progress(", ".join(f"{count:,} documents in rfc-{name}.jsonl" for name, count in counts.items()))
     return built
 
 
@@ -186,19 +206,25 @@ def unpack(packages: Path, tree: Path) -> None:
 
 
 def write(tree: Path, out: Path) -> dict[str, int]:
-    """Write the three files from the unpacked packages; how many documents each has."""
+    """Write the four files from the unpacked packages; how many documents each has."""
     about = {number: json.loads(_text(file)) for number, file in _files(tree, r"\.json")}
     sides = split({number: _numbers(record.get("obsoletes") or []) for number, record in about.items()})
-    counts = dict.fromkeys(SIDES, 0)
+    counts = dict.fromkeys(FILES, 0)
     with contextlib.ExitStack() as stack:
-        paths = {side: out / f"rfc-{side}.jsonl" for side in SIDES}
-        files = {s: stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for s, path in paths.items()}
+        paths = {name: out / f"rfc-{name}.jsonl" for name in FILES}
+        files = {n: stack.enter_context(path.open("w", encoding="utf-8", newline="\n")) for n, path in paths.items()}
+
+        def add(name: str, record: dict[str, str]) -> None:
+            files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+            counts[name] += 1
+
         for number, file in _files(tree, r"\.txt(\.gz)?"):  # Debian compresses files from 4 KiB on
             text, side = clean(_text(file)), sides[number]
             if len(text) >= SHORTEST:
                 texts = {key: tidy(about[number].get(key) or "") for key in ("title", "abstract")}
-                files[side].write(json.dumps({"id": f"rfc{number}", **texts, "text": text}, ensure_ascii=False) + "\n")
-                counts[side] += 1
+                add(side, {"id": f"rfc{number}", **texts, "text": text})
+                if side != "train" and (parts := pair(text, texts["abstract"])):
+                    add("summaries", {"id": f"rfc{number}", "text": parts[0], "summary": parts[1]})
     return counts
 
 
@@ -270,13 +296,51 @@ def _trimmed(lines: list[str]) -> list[str]:
 
 def _goes_on(before: str, after: str) -> bool:
     """Whether a paragraph goes on from the last line of a page to the first of the next."""
-    indents = [len(line) - len(line.lstrip()) for line in (before, after)]
-    return indents[0] == indents[1] and len(before) > 55 and before[-1] not in ".:!?"
+    return _indent(before) == _indent(after) and len(before) > 55 and before[-1] not in ".:!?"
 
 
 def tidy(value: str) -> str:
     """A title or abstract as one line of plain text, without the mark of the standards track."""
     return re.sub(r" ?\[STANDARDS[- ]*(TRACK)?\]$", "", " ".join(html.unescape(value).split()))
+
+
+def pair(text: str, abstract: str) -> tuple[str, str] | None:
+    """(body, summary) of a cleaned RFC and its tidied abstract; None where they do not fit.
+
+    The summary is the abstract without the closing sentences on the memo's status, 150 to 1,600 characters. The body,
+    8,000 characters or more, is what follows the RFC's own abstract; the whole text where it has none. At most half of
+    the summary's runs of 8 words may stand in the body: else it is copied from there, or the RFC's own was not found.
+    """
+    summary, body = STATUS.sub("", abstract), _body(text)
+    if SUMMARY[0] <= len(summary) <= SUMMARY[1] and len(body) >= BODY and copied(summary, body) <= 0.5:
+        return body, summary
+    return None
+
+
+def _body(text: str) -> str:
+    """What follows the section "Abstract": from the first heading on, or from the first paragraph that is indented
+    less than the section's first. Empty where the section has no end.
+    """
+    lines = text.split("\n")
+    start = next((at for at, line in enumerate(lines[:ABSTRACT_WITHIN]) if ABSTRACT.fullmatch(line)), None)
+    if start is None:
+        return text
+    filled = [at for at in range(start + 1, len(lines)) if lines[at]]
+    paragraphs = (at for at in filled[1:] if not lines[at - 1])
+    least = _indent(lines[filled[0]]) if filled else 0
+    end = next((at for at in paragraphs if HEADING.match(lines[at]) or _indent(lines[at]) < least), len(lines))
+    return "\n".join(lines[end:])
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def copied(summary: str, body: str) -> float:
+    """The share of the summary's runs of 8 words that stand in the body, case and punctuation aside."""
+    words, inside = re.findall(r"\w+", summary.lower()), " ".join(["", *re.findall(r"\w+", body.lower()), ""])
+    runs = [words[at : at + RUN] for at in range(max(1, len(words) - RUN + 1))]
+    return sum(f" {' '.join(run)} " in inside for run in runs) / len(runs)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,13 +21,12 @@ from ..errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Documents of exactly `length` tokens.
+    """Documents of one length in tokens, or whole.
 
     sizes: UTF-8 bytes of the text behind each document's tokens but the first; None for a slow tokenizer.
     short: documents that were passed over for being shorter; `longest` is the longest of these, in tokens.
     """
 
-    length: int
     ids: list[Tensor]
     names: list[str]
     sizes: list[int] | None
@@ -35,21 +34,21 @@ class Cut:
     longest: int
 
 
-def cut_documents(tokenizer: Any, documents: Iterable[Document], *, length: int, items: int) -> Cut:
-    """The first `length` tokens of the first `items` documents that have as many.
+def cut_documents(tokenizer: Any, documents: Iterable[Document], *, length: int | None, items: int) -> Cut:
+    """The first `length` tokens of the first `items` documents that have as many; None: the documents whole.
 
     Raises:
         InputError: no document is long enough.
     """
     fast = bool(tokenizer.is_fast)
-    cut = Cut(length, [], [], [] if fast else None, 0, 0)
+    cut, least = Cut([], [], [] if fast else None, 0, 0), 2 if length is None else length
     short: list[int] = []
     for document in documents:
         if len(cut.ids) == items:
             break
         encoded = tokenizer(document.text, return_offsets_mapping=fast)
         ids = encoded["input_ids"]
-        if len(ids) < length:
+        if len(ids) < least:
             short.append(len(ids))
             continue
         cut.ids.append(torch.tensor(ids[:length]))
@@ -59,5 +58,5 @@ def cut_documents(tokenizer: Any, documents: Iterable[Document], *, length: int,
             cut.sizes.append(len(document.text[ends[0] : max(ends)].encode()))
     longest = max(short, default=0)
     if not cut.ids:
-        raise InputError(f"no document has {length:,} tokens; the longest of {len(short)} has {longest:,}")
+        raise InputError(f"no document has {least:,} tokens; the longest of {len(short)} has {longest:,}")
     return dataclasses.replace(cut, short=len(short), longest=longest)

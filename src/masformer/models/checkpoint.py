@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CorruptError, InputError
+from ..files import digest, sha256
 from ..spans import SpanPlan
 from .config import MasformerConfig
 from .convert import NAME, convert
@@ -197,6 +198,13 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
             raise
         raise CorruptError(f"cannot load the weights of {source}: {_one_line(error)}") from error
     return model.eval().to(device) if device else model.eval()
+
+
+def weights_digest(source: str, config: PreTrainedConfig) -> str | None:
+    """What tells the weights of a model from others of its shape: their SHA-256, or the commit of a hub id."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return digest([sha256(file) for file in files]) if files else getattr(config, "_commit_hash", None)
 
 
 def save_adapter(model: Any, folder: Path, about: dict[str, Any], state_dict: dict[str, Any] | None = None) -> None:

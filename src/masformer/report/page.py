@@ -1,17 +1,20 @@
-"""A report as one HTML file: no network, no script, readable on a phone, in the dark and by a screen reader.
+"""A report as one HTML file: no network, readable on a phone, in the dark and by a screen reader.
 
     write_page(Path("demo/index.html"), title="SmolLM2 with 8 full layers", sections=[
         Section("Loss by position", ["Lower is better."], figures=[Figure("Three curves …", svg=plots…)]),
     ])
 
-Text is escaped; only the SVG of a figure goes in as it is.
+Text is escaped; only the SVG of a figure goes in as it is. A short script makes tables sortable and downloadable as
+CSV; without it the page shows the same.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import dataclasses
 import errno
+import math
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -19,9 +22,11 @@ from pathlib import Path
 
 from masformer.errors import InputError, MasformerError, ResourceError
 
-# 12, -0.3 ± 0.1, 1,024 MB, 3.1×, 72.9 %, or a dash (hyphen, en, em) for none; \u2212 is the minus sign
+# 12, -0.3 ± 0.1, +0.1 to 0.2, 3/5, 1,024 MB, 3.1×, 72.9 %, ∞, or a dash (hyphen, en, em) for none; \u2212 is the minus
+# sign. The page's script reads the same cells as numbers.
 NUMBER = re.compile(
-    r"[\u2212+~≤≥<>-]?\s?\d[\d.,]*(\s?[±\u2013]\s?[\d.,]+)?\s?([%\u00d7]|[kKMGT]?i?B|ms|s|min|tokens/s)?"
+    r"[\u2212+~≤≥<>-]?\s?(\d[\d.,]*|∞)(/\d[\d.,]*)?(\s?([±\u2013]|to)\s?[\u2212+-]?[\d.,]+)?"
+    r"\s?([%\u00d7]|[kKMGT]?i?B|ms|s|min|tokens/s)?"
     r"|[-\u2013\u2014]"
 )
 
@@ -46,12 +51,16 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A picture, as an inline SVG string or as the bytes of a PNG file, and what it shows in words (`alt`)."""
+    """A picture, as an inline SVG string or as the bytes of a PNG file, and what it shows in words (`alt`).
+
+    small: may stand beside others.
+    """
 
     alt: str
     svg: str | None = None
     png: bytes | None = None
     caption: str = ""
+    small: bool = False
 
     def __post_init__(self) -> None:
         if not self.alt.strip():
@@ -113,7 +122,24 @@ def _render(title: str, sections: Sequence[Section]) -> str:
         raise InputError("the report page needs jinja2: pip install 'masformer[demo]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("masformer.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(title=title, sections=sections) + "\n"
+    return environment.from_string(source).render(title=title, sections=_apart(sections)) + "\n"
+
+
+def _apart(sections: Sequence[Section]) -> list[Section]:
+    """The sections, with other ids in an SVG that was there before: no id may stand twice in a page."""
+    seen: collections.Counter[str] = collections.Counter()
+
+    def renamed(figure: Figure) -> Figure:
+        ids = sorted(re.findall(r' id="([^"]+)"', figure.svg or ""), key=len, reverse=True)
+        if figure.svg is None or not ids:
+            return figure
+        seen[figure.svg] += 1
+        if seen[figure.svg] == 1:
+            return figure
+        pattern = rf"(?<=[\"# ])({'|'.join(map(re.escape, ids))})(?=[\") ])"
+        return dataclasses.replace(figure, svg=re.sub(pattern, rf"\1-{seen[figure.svg]}", figure.svg))
+
+    return [dataclasses.replace(section, figures=[renamed(f) for f in section.figures]) for section in sections]
 
 
 def _write_error(path: Path, error: OSError) -> MasformerError:
@@ -126,3 +152,25 @@ def _remove(part: Path) -> None:
         part.unlink(missing_ok=True)
     except OSError:
         return  # the folder itself is not one; the error that says so is on its way
+
+
+def number(value: float | None, digits: int = 3, *, sign: bool = False, percent: bool = False) -> str:
+    """A cell: `1,024.500`, `\u22120.012`, `+0.3`, `72.9 %` of 0.729; a dash for None."""
+    if value is None:
+        return "\u2013"
+    if math.isinf(value):
+        return "∞"
+    text = f"{100 * value if percent else value:{'+' if sign else ''},.{digits}f}"
+    if not text.strip("+-0.,"):
+        text = text.lstrip("+-")  # what rounds to 0 has no sign
+    return text.replace("-", "\u2212") + (" %" if percent else "")
+
+
+def interval(
+    low: float | None, high: float | None, digits: int = 3, *, sign: bool = False, percent: bool = False
+) -> str:
+    """A cell: `\u22120.012 to 0.300`; a dash where there is none."""
+    if low is None or high is None:
+        return "\u2013"
+    first, last = (number(value, digits, sign=sign, percent=percent) for value in (low, high))
+    return f"{first.removesuffix(' %')} to {last}"

@@ -20,16 +20,12 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptError, InputError
-from ..files import MANIFEST, difference, disk_errors, put, read_manifest, sha256, sync, write_manifest
-
-if sys.platform != "win32":
-    import fcntl
+from ..files import MANIFEST, difference, disk_errors, locked, put, read_manifest, sha256, sync, write_manifest
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -94,7 +90,7 @@ class Checkpoints:
         self._whole: set[int] = set()  # steps that this process wrote or verified
         with disk_errors(run):
             run.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(run)
+            self._lock = locked(run / LOCK)
 
     def __enter__(self) -> Self:
         return self
@@ -202,22 +198,6 @@ class Checkpoints:
             return bool(_opened(folder)[0]["identity"] == self.identity)
         except CorruptError:
             return False
-
-
-def _locked(run: Path) -> int:
-    """The open file whose lock ends with this process, however it ends."""
-    handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if isinstance(error, BlockingIOError):
-                raise InputError(
-                    f"another process trains into {run}: wait for its end or name another folder"
-                ) from error
-            raise
-    return handle
 
 
 def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:

@@ -27,8 +27,8 @@ from ..data.packing import CorpusSequences
 from ..data.recall import RecallSequences
 from ..data.sequences import Lengths, Sequences, length_at
 from ..errors import InputError, ResourceError
-from ..files import digest, sha256
-from ..models.checkpoint import load_config
+from ..files import digest
+from ..models.checkpoint import load_config, weights_digest
 from ..models.families import check_length, native_plan, shape_of
 from ..models.positions import check_positions, extended_config, methods_for
 from ..models.tokenizer import load_tokenizer
@@ -72,7 +72,7 @@ class Prepared:
             "recipe": self.recipe.decisive(),
             "plan": str(self.plan),
             "model": digest(settings),
-            "weights": _weights(self.recipe.model, self.config),
+            "weights": weights_digest(self.recipe.model, self.config),
             "data": json.loads(json.dumps(self.train.identity)),
         }
 
@@ -216,13 +216,6 @@ def _refuse(recipe: Recipe, config: PreTrainedConfig, own: SpanPlan) -> None:
         raise InputError(f"training.distill needs a parent, and {recipe.model} is converted: name its parent as model")
     if recipe.training.distill:
         check_positions(config, max(length for _, length in _lengths(recipe)))
-
-
-def _weights(source: str, config: PreTrainedConfig) -> str | None:
-    """What tells the weights of a model from others of its shape: their SHA-256, or the commit of a hub id."""
-    path = Path(source)
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    return digest([sha256(file) for file in files]) if files else getattr(config, "_commit_hash", None)
 
 
 def _check_positions(config: PreTrainedConfig, longest: int) -> None:

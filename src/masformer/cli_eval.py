@@ -1,0 +1,311 @@
+"""The commands that measure and show: `eval` and `report`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .cli_model import Debug, Device, Json, device_name, load_with_plan
+from .cli_output import UsageError, at_least, print_json, progress, say
+from .cli_plan import PlanFlags, in_words
+from .files import digest
+
+if TYPE_CHECKING:
+    from .evaluation.suites import Data, Settings, Subject
+    from .report.tables import Estimate
+
+QUICK: dict[str, Any] = {
+    "suites": ("loss", "recall", "summary", "fidelity"),
+    "lengths": (1024, 2048, 4096, 8192),
+    "items": 2,
+}
+"""What --quick sets where nothing else is said."""
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="[NAME=]MODEL...", help="Folders, hub ids or GGUF files.")],
+    *,
+    flags: PlanFlags,
+    data: Annotated[str | None, typer.Option(help="Documents: .txt, .jsonl, .parquet, a folder, a hub id.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Of loss, recall, summary, fidelity, lm-eval.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens, 1024,4096; loss and fidelity take the longest.")] = None,
+    items: Annotated[
+        int | None, typer.Option(callback=at_least(1), help="Documents, and items of a task and length.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of recall, like passkey,babi_1, or of lm-eval.")] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with lm-eval tasks of your own.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Four suites, 1k to 8k tokens, few items.")] = False,
+    stride: Annotated[int | None, typer.Option(help="Loss of whole documents, in windows so far apart.")] = None,
+    beams: Annotated[int, typer.Option(callback=at_least(1), help="Beams of a summary; 1 is greedy.")] = 1,
+    batch: Annotated[int, typer.Option(callback=at_least(1), help="Recall items in one forward.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the recall items.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; the same command goes on there.")] = None,
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Loss, recall, summaries and fidelity of models on the same items; a plan given here holds for every MODEL.
+
+    Example: masformer eval MODEL OUT --data speeches.jsonl --lengths 1024,4096 --out runs/eval
+    """
+    from .evaluation.results import Run
+    from .evaluation.suites import evaluate as measure
+    from .evaluation.suites import prepare
+    from .models.tokenizer import quiet
+
+    quiet()
+    chosen = QUICK if quick else {"suites": ("loss", "recall")}
+    chosen = chosen | _given(suite, lengths, items)
+    if "lengths" not in chosen:
+        raise UsageError("say at which --lengths, or --quick")
+    settings = _settings(
+        chosen, tasks, limit=items, include=include, stride=stride, beams=beams, batch=batch, seed=seed
+    )
+    documents = _data(data, settings)
+    where = device_name(device)
+    subjects = [_subject(model, flags, where) for model in models]
+    work = prepare(subjects, settings, documents, say)
+    facts = _facts(subjects, settings, data, documents, where, flags)
+    with _folder(out) as folder:
+        with Run.open(folder, facts) as run:
+            pairs = [(subject.label, e) for subject, entries in zip(subjects, work, strict=True) for e in entries]
+            left = sum(entry.tokens for label, entry in pairs if entry.key(label) not in run.done)
+            with progress("evaluating", left) as advance:
+                measure(subjects, work, settings, run, lambda label, tokens: advance(tokens))
+        _show(folder, out, json)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that eval or train wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html of the first if not given.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One HTML page of evaluations and trainings, which needs no network.
+
+    Example: masformer report runs/eval runs/smollm2-sotu --out report.html
+    """
+    from .report.sections import write_report
+
+    page = write_report(runs, out or runs[0] / "report.html")
+    if json:
+        print_json({"page": str(page), "runs": [str(run) for run in runs]})
+    else:
+        print(page)
+
+
+def _given(suite: str | None, lengths: str | None, items: int | None) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if suite is not None:
+        given["suites"] = _names("suite", suite)
+    if lengths is not None:
+        try:
+            given["lengths"] = tuple(sorted({int(length) for length in _names("lengths", lengths)}))
+        except ValueError as error:
+            raise UsageError(f"cannot read --lengths {lengths!r}: write numbers like 1024,4096") from error
+    if items is not None:
+        given["items"] = items
+    return given
+
+
+def _names(option: str, text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError(f"--{option} is empty")
+    return names
+
+
+def _settings(chosen: dict[str, Any], tasks: str | None, **rest: Any) -> Settings:
+    """Tasks that are not ours are lm-eval's, if that suite is asked for."""
+    from .data.generators import TASKS
+    from .evaluation.suites import Settings
+
+    if tasks is not None:
+        names = _names("tasks", tasks)
+        foreign = tuple(name for name in names if name not in TASKS) if "lm-eval" in chosen["suites"] else ()
+        own = tuple(name for name in names if name not in foreign)
+        chosen = chosen | {"harness": foreign} | ({"tasks": own} if own else {})
+    try:
+        return Settings(**chosen, **rest)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _data(data: str | None, settings: Settings) -> Data:
+    from .data.documents import read_documents
+    from .evaluation.suites import Data
+    from .evaluation.summary import read_pairs
+
+    if data is None:
+        if needs := [suite for suite in settings.suites if suite in ("loss", "summary", "fidelity")]:
+            raise UsageError(f"the suite {needs[0]} needs --data")
+        return Data()
+    pairs = read_pairs(Path(data)) if "summary" in settings.suites else []
+    return Data(read_documents(data), pairs)
+
+
+def _subject(model: str, flags: PlanFlags, device: str) -> Subject:
+    from .evaluation.suites import Subject
+    from .models.checkpoint import load_config
+    from .models.tokenizer import load_tokenizer
+
+    name, equals, source = model.partition("=")
+    if not equals or Path(model).exists():
+        name, source = Path(model).name, model
+    config, own = load_config(source)
+    plan = flags.plan_for(len(own), own)
+    tokenizer = load_tokenizer(source)
+    return Subject(name, source, config, plan, tokenizer, lambda: load_with_plan(source, flags, device)[0])
+
+
+def _facts(
+    subjects: Sequence[Subject], settings: Settings, data: str | None, read: Data, device: str, flags: PlanFlags
+) -> dict[str, Any]:
+    """What run.json holds."""
+    texts = [[document.id, document.text] for document in read.documents]
+    versions = {name: metadata.version(name) for name in ("masformer", "torch", "transformers")}
+    return {
+        "versions": {**versions, "python": platform.python_version()},
+        "device": device,
+        "data": data,
+        "settings": {"data": digest(texts) if texts else None, **settings.of_items()},
+        "models": {subject.label: _about(subject, settings) for subject in subjects},
+        "commands": [shlex.join(["masformer", *sys.argv[1:]])],
+    }
+
+
+def _about(subject: Subject, settings: Settings) -> dict[str, Any]:
+    from .models.checkpoint import weights_digest
+    from .models.families import shape_of
+    from .spans import cost
+
+    dtype = subject.config.dtype
+    shape = shape_of(subject.config, kv_dtype_bytes=getattr(dtype, "itemsize", 4))
+    config = {name: value for name, value in subject.config.to_dict().items() if not name.startswith("_")}
+    return {
+        "model": subject.source,
+        "plan": str(subject.plan),
+        "layers": len(subject.plan),
+        "dtype": str(dtype).removeprefix("torch."),
+        "identity": digest([weights_digest(subject.source, subject.config), digest(str(sorted(config.items())))]),
+        "cost": {str(length): cost(shape, subject.plan, length).to_json() for length in settings.lengths},
+    }
+
+
+@contextlib.contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """Where results are kept: for this call alone if no folder was named."""
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _show(folder: Path, out: Path | None, json: bool) -> None:
+    """The results so far, those of earlier calls in the same folder too."""
+    from .report import tables
+    from .report.runs import harness_rows, read_results
+
+    results = read_results([folder])
+    made = {
+        "models": tables.overview(results),
+        "loss": tables.loss(results),
+        "recall": tables.recall(results, by=("task", "length")),
+        "summary": tables.summary(results),
+        "fidelity": tables.fidelity(results),
+        "lm-eval": [
+            {"model": record["model"], **row} for record in results.records["lm-eval"] for row in harness_rows(record)
+        ],
+    }
+    if json:
+        rows = {
+            name: [row if isinstance(row, dict) else dataclasses.asdict(row) for row in found]
+            for name, found in made.items()
+            if found
+        }
+        print_json({"out": str(out) if out else None, **rows})
+        return
+    for title, header, rows in _printed(made):
+        table = Table(*header, title=title, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+    if out is not None:
+        say(f"{out} holds the results; masformer report {out} makes a page of them")
+
+
+def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, headers and rows of the tables on the terminal."""
+    rows = [
+        [
+            row.model,
+            row.plan,
+            _estimate(row.nats, 3),
+            _estimate(row.difference, 3),
+            _estimate(row.recall, 0, percent=True),
+            in_words(row.kv_bytes, "B") if row.kv_bytes is not None else "-",
+        ]
+        for row in made["models"]
+    ]
+    first = made["models"][0]
+    kv = f"KV at {first.cost_length:,}" if first.cost_length else "KV"
+    yield "Models (95 % intervals)", ["model", "plan", "nats/token", "to the first", "recall", kv], rows
+    if made["recall"]:
+        rows = [
+            [
+                *(row.model, row.task, f"{row.length:,}", f"{row.items}"),
+                *(_estimate(row.score, 0, percent=True), f"{row.log_probability:.1f}", f"{row.rank:.1f}"),
+            ]
+            for row in made["recall"]
+        ]
+        yield "Recall", ["model", "task", "tokens", "items", "score", "log p", "rank"], rows
+    if made["summary"]:
+        names = ("rouge1", "rouge2", "rougeL")
+        rows = [
+            [
+                *(row.model, f"{row.length:,}", f"{row.documents}"),
+                *(_estimate(row.scores[name], 3) for name in names),
+                f"{row.lead['rougeL']:.3f}",
+            ]
+            for row in made["summary"]
+        ]
+        headers = ["model", "tokens", "documents", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-L of the lead"]
+        yield "Summaries", headers, rows
+    if made["fidelity"]:
+        rows = [
+            [row.model, f"{row.length:,}", _estimate(row.kl, 4), _estimate(row.agreement, 1, percent=True)]
+            for row in made["fidelity"]
+        ]
+        yield "Fidelity to the first model", ["model", "tokens", "KL (nats)", "same first token"], rows
+    if made["lm-eval"]:
+        rows = [
+            [row["model"], row["task"], row["metric"], f"{row['value']:.4f}", f"{row['items']}"]
+            for row in made["lm-eval"]
+        ]
+        yield "lm-eval", ["model", "task", "metric", "value", "items"], rows
+
+
+def _estimate(estimate: Estimate | None, digits: int, *, percent: bool = False) -> str:
+    """`3.071 (3.021 to 3.120)`, without the interval where there is none."""
+    if estimate is None:
+        return "-"
+    scale, sign = (100, " %") if percent else (1, "")
+    value = f"{scale * estimate.value:.{digits}f}{sign}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} ({scale * estimate.low:.{digits}f} to {scale * estimate.high:.{digits}f})"

@@ -1,0 +1,151 @@
+"""The folder of an evaluation: what was measured so far, one line an item, so that a killed run goes on.
+
+    with Run.open(Path("runs/eval"), facts) as run:
+        if key not in run.done:
+            run.add([record])
+    facts, records = read_run(Path("runs/eval"))
+
+`run.json` says how the numbers were made, `results.jsonl` holds them. A record is on the disk before the next item
+is begun; the rest of a line that was cut off is dropped. Needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import CorruptError, InputError
+from ..files import difference, disk_errors, locked
+
+FACTS, RECORDS, PART = "run.json", "results.jsonl", "run.json.part"
+FORMAT = 1
+KEY = ("model", "suite", "task", "length", "item")
+"""The fields that say which item of which model a record is of."""
+SAME = ("format", "versions", "device", "settings")
+"""Facts in which the two halves of a run must agree; models can be added."""
+
+Record = dict[str, Any]
+Key = tuple[Any, ...]
+
+
+def key_of(record: Record) -> Key:
+    return tuple(record.get(name) for name in KEY)
+
+
+class Run:
+    """An evaluation that is written: see the module. `facts` has the fields of `SAME`, `commands`, and by their names
+    `models`, each with `plan`, `identity` and, by length, `cost`.
+
+    done: keys of the records that are there already.
+    """
+
+    def __init__(self, folder: Path, records: Iterable[Record]) -> None:
+        self.folder = folder
+        self.done: set[Key] = {key_of(record) for record in records}
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: Path, facts: dict[str, Any]) -> Iterator[Self]:
+        """Begin a run, or go on with the one that is there; no other process can until the block ends.
+
+        Raises:
+            InputError: a folder with something else in it, with other settings or versions, or with another model of
+                the same name; one that another process writes to.
+            CorruptError: records that were changed.
+        """
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / FACTS).exists() and {file.name for file in folder.iterdir()} - {PART, RECORDS}:
+                raise InputError(f"{folder} is not empty and holds no evaluation: name a new folder")
+            handle = locked(folder / RECORDS)
+        with os.fdopen(handle, "rb"):
+            with disk_errors(folder):
+                _write(folder, _joined(folder, json.loads(json.dumps({"format": FORMAT, **facts}))))
+                run = cls(folder, _mend(folder / RECORDS))
+            yield run
+
+    def add(self, records: list[Record]) -> None:
+        """Write records to the disk, all of a call in one piece."""
+        lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        with disk_errors(self.folder), (self.folder / RECORDS).open("ab") as stream:
+            stream.write(lines.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.done |= {key_of(record) for record in records}
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The facts and the records of an evaluation; what follows the last whole line is left out.
+
+    Raises:
+        InputError: no evaluation.
+        CorruptError: a line that is no record, or facts that cannot be read.
+    """
+    try:
+        content = (folder / FACTS).read_bytes()
+        lines = (folder / RECORDS).read_bytes()
+    except OSError as error:
+        raise InputError(f"{folder} holds no evaluation: {Path(error.filename).name}: {error.strerror}") from error
+    try:
+        facts = json.loads(content)
+        if facts["format"] != FORMAT:
+            raise InputError(f"{folder} is of format {facts['format']}, this program reads {FORMAT}")
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise CorruptError(f"{folder / FACTS} is damaged: delete the folder and evaluate again") from error
+    return facts, _parsed(folder / RECORDS, lines)
+
+
+def _parsed(file: Path, content: bytes) -> list[Record]:
+    records: dict[Key, Record] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            key = key_of(record)
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise CorruptError(f"{file}, line {number} is damaged: delete it, the item is measured again") from error
+        if key in records:
+            raise CorruptError(f"{file}, line {number} repeats an item: delete one of the two lines")
+        records[key] = record
+    return list(records.values())
+
+
+def _mend(file: Path) -> list[Record]:
+    """The records; a last line that was cut off is taken away, so that the next one begins a line."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    records = _parsed(file, content[:whole])
+    if whole < len(content):
+        os.truncate(file, whole)
+    return records
+
+
+def _joined(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts of this call and of those before it."""
+    if not (folder / FACTS).exists():
+        return facts
+    before, _ = read_run(folder)
+    for name in SAME:
+        if before[name] != facts[name]:
+            what = difference(before[name], facts[name], name) or name
+            raise InputError(f"{folder} holds another evaluation ({what}): name a new folder")
+    models = dict(before["models"])
+    for label, model in facts["models"].items():
+        known = models.get(label, model)
+        for name in ("plan", "identity"):
+            if what := difference(known[name], model[name], f"{name} of {label}"):
+                raise InputError(f"{folder} holds another model of this name ({what}): name a new folder")
+        models[label] = {**known, **model, "cost": known["cost"] | model["cost"]}
+    commands = before["commands"] + [c for c in facts["commands"] if c not in before["commands"]]
+    return {**facts, "models": models, "commands": commands}
+
+
+def _write(folder: Path, facts: dict[str, Any]) -> None:
+    part = folder / PART
+    part.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / FACTS)

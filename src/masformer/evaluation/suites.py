@@ -1,0 +1,340 @@
+"""What `masformer eval` measures: suites of items, the same for every model, one record an item.
+
+    work = prepare(subjects, settings, Data(documents, pairs))       refuses, before any weights are read
+    evaluate(subjects, work, settings, run)                          measures what `run` does not hold yet
+
+A suite is two functions: one makes its items for a model's tokenizer, the other measures some of them. Documents are
+measured one by one, recall items in batches of equal length, so nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..data.corpus import fingerprint
+from ..data.documents import Document
+from ..data.filler import Filler
+from ..data.generators import TASKS, make_items
+from ..errors import InputError
+from ..models.positions import check_positions
+from ..spans import SpanPlan
+from .fidelity import fidelity
+from .loss import bucketed, default_edges, repeat_distances, sliding_losses, token_losses
+from .results import Key, Record, Run
+from .scoring import score, work
+from .summary import Pair, lead, rouge, summarise
+from .texts import cut_documents
+
+NEEDLES = ("passkey", "niah_multikey")
+"""The tasks of the suite `recall` where none are named."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured, and how.
+
+    suites: of `SUITES`. lengths: tokens of the items of `recall` and of the inputs of `summary`; the suites `loss` and
+        `fidelity` take documents of the longest one, whose positions hold the shorter ones.
+    items: documents of `loss` and `fidelity`; of every task, and pairs of `summary`, at each length.
+    tasks: of `recall` (`masformer.data.generators.TASKS`). harness: tasks of lm-eval, of which
+        `limit` items are taken, all if None; `include` is a folder with some of the user's own.
+    stride: whole documents, in windows of the longest length that begin so many tokens apart; None cuts them.
+    batch: recall items in one forward; changes no result beyond rounding.
+    """
+
+    suites: tuple[str, ...] = ("loss", "recall")
+    lengths: tuple[int, ...]
+    items: int = 10
+    tasks: tuple[str, ...] = NEEDLES
+    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    harness: tuple[str, ...] = ()
+    limit: int | None = None
+    include: Path | None = None
+    stride: int | None = None
+    new_tokens: int = 96
+    beams: int = 1
+    batch: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for kind, names, known in (("suite", self.suites, SUITES), ("task", self.tasks, TASKS)):
+            if wrong := [name for name in names if name not in known]:
+                raise InputError(f"unknown {kind} {wrong[0]!r}: choose of {', '.join(known)}")
+        if not self.suites or ("recall" in self.suites and not self.tasks):
+            raise InputError("nothing to measure: name a suite, and tasks for recall")
+        if ("lm-eval" in self.suites) != bool(self.harness):
+            raise InputError("the suite lm-eval and its tasks go together: --suite lm-eval --tasks ...")
+        if not self.lengths or min(self.lengths) < 2:
+            raise InputError(f"lengths must be at least 2, got {list(self.lengths)}")
+        if self.stride is not None and not 1 <= self.stride < max(self.lengths):
+            raise InputError(f"the stride must be 1 to {max(self.lengths) - 1} (below the length), got {self.stride}")
+
+    def of_items(self) -> dict[str, Any]:
+        """What decides the numbers of an item, beside its place: a run must agree in it."""
+        return {name: getattr(self, name) for name in ("depths", "stride", "new_tokens", "beams", "batch", "seed")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Documents, and the pairs of document and summary if the suite `summary` is asked for."""
+
+    documents: Sequence[Document] = ()
+    pairs: Sequence[Pair] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model under its label; `load` reads its weights and gives it the spans of `plan`."""
+
+    label: str
+    source: str
+    config: PreTrainedConfig
+    plan: SpanPlan
+    tokenizer: Any
+    load: Callable[[], PreTrainedModel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One thing to measure: its place among the results, how many tokens it takes, and what a suite made for it."""
+
+    suite: str
+    task: str | None
+    length: int
+    item: int
+    tokens: int
+    what: Any
+
+    def key(self, label: str) -> Key:
+        return (label, self.suite, self.task, self.length, self.item)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What a suite measures with. parent: the first model, for `fidelity` alone."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    parent: PreTrainedModel | None
+
+
+Prepare = Callable[[Subject, Settings, Data], list[Entry]]
+Measure = Callable[[Loaded, list[Entry], Settings], Iterator[list[tuple[Entry, Record]]]]
+
+
+def prepare(
+    subjects: Sequence[Subject], settings: Settings, data: Data, say: Callable[[str], Any] = lambda line: None
+) -> list[list[Entry]]:
+    """All that is to be measured, a list for every model.
+
+    Args:
+        say: called with a line for documents that were passed over, or that are fewer than were asked for.
+
+    Raises:
+        InputError: documents or positions that do not suffice, a task that needs more tokens, models that cannot be
+            compared.
+    """
+    if len({subject.label for subject in subjects}) < len(subjects):
+        labels = [subject.label for subject in subjects]
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise InputError(f"two models are called {twice}: write NAME=MODEL to give them names of their own")
+    if "fidelity" in settings.suites:
+        _refuse_incomparable(subjects)
+    work = []
+    for subject in subjects:
+        made = {suite: SUITES[suite][0](subject, settings, data) for suite in settings.suites}
+        work.append([entry for entries in made.values() for entry in entries])
+        for suite, entries in made.items():
+            if suite in ("loss", "fidelity", "summary") and len(entries) % settings.items:
+                say(f"{subject.label}: {suite} has {len(entries)} documents instead of {settings.items}")
+    return work
+
+
+def _refuse_incomparable(subjects: Sequence[Subject]) -> None:
+    if len(subjects) < 2:
+        raise InputError("fidelity compares models with the first one: give the parent and a conversion of it")
+    marks = [fingerprint(subject.tokenizer) for subject in subjects]
+    for subject, mark in zip(subjects, marks, strict=True):
+        if mark != marks[0]:
+            raise InputError(
+                f"fidelity compares models of one tokenizer: {subject.label} has another than {subjects[0].label}"
+            )
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    work: Sequence[list[Entry]],
+    settings: Settings,
+    run: Run,
+    progress: Callable[[str, int], Any] = lambda label, tokens: None,
+) -> None:
+    """Measure what `run` does not hold; a record is written as soon as its batch is measured.
+
+    A model without anything left to measure is not loaded; the first one stays loaded while others are compared
+    with it.
+
+    Args:
+        progress: called with a label and the tokens that were done since.
+    """
+    first: PreTrainedModel | None = None
+    for number, (subject, entries) in enumerate(zip(subjects, work, strict=True)):
+        left = [entry for entry in entries if entry.key(subject.label) not in run.done]
+        if not left:
+            continue
+        compared = any(entry.suite == "fidelity" for entry in left)
+        if compared and first is None:
+            first = subjects[0].load()
+        model = first if number == 0 and first is not None else subject.load()
+        loaded = Loaded(model, subject.tokenizer, first)
+        for suite in settings.suites:
+            of_suite = [entry for entry in left if entry.suite == suite]
+            for batch in SUITES[suite][1](loaded, of_suite, settings):
+                run.add([{"model": subject.label, **_place(entry), **record} for entry, record in batch])
+                progress(subject.label, sum(entry.tokens for entry, _ in batch))
+        del model, loaded
+
+
+def _place(entry: Entry) -> Record:
+    return {name: getattr(entry, name) for name in ("suite", "task", "length", "item")}
+
+
+def _document_entries(suite: str, subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+    """The same documents, cut to the longest length or whole, for the suites that read documents."""
+    longest = max(settings.lengths)
+    check_positions(subject.config, longest)
+    length = None if suite == "loss" and settings.stride is not None else longest
+    cut = cut_documents(subject.tokenizer, data.documents, length=length, items=settings.items)
+    sizes = cut.sizes or [None] * len(cut.ids)
+    return [
+        Entry(suite, None, longest, n, len(ids), (ids, size, name))
+        for n, (ids, size, name) in enumerate(zip(cut.ids, sizes, cut.names, strict=True))
+    ]
+
+
+def _measure_loss(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
+    for entry in entries:
+        ids, size, name = entry.what
+        if settings.stride is None:
+            losses = token_losses(loaded.model, ids[None].to(loaded.model.device))[0].double().cpu()
+        else:
+            losses = sliding_losses(loaded.model, ids, length=entry.length, stride=settings.stride).double().cpu()
+        if not bool(losses.isfinite().all()):
+            raise InputError(f"the loss of document {name} is not a finite number: the model is not usable")
+        distances, edges = repeat_distances(ids), default_edges(len(ids))
+        never = distances == 0
+        repeats = [(0, 0, int(never.sum()), float(losses[never].sum())), *bucketed(losses, distances, edges)]
+        buckets = bucketed(losses, torch.arange(1, len(ids)), edges)
+        record = {"document": name, "tokens": len(losses), "bytes": size, "nats": float(losses.sum())}
+        yield [(entry, {**record, "buckets": buckets, "repeats": repeats})]
+
+
+def _measure_fidelity(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
+    assert loaded.parent is not None
+    for entry in entries:
+        ids, _, name = entry.what
+        kl, agree = (values.double().cpu() for values in fidelity(loaded.model, loaded.parent, ids))
+        places, edges = torch.arange(1, len(ids)), default_edges(len(ids))
+        pairs = zip(bucketed(kl, places, edges), bucketed(agree, places, edges), strict=True)
+        buckets = [(low, high, count, nats, right) for (low, high, count, nats), (*_, right) in pairs]
+        record = {"document": name, "tokens": len(kl), "kl": float(kl.sum()), "agree": float(agree.sum())}
+        yield [(entry, {**record, "buckets": buckets})]
+
+
+def _recall_entries(subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+    filler = Filler.of(subject.tokenizer, [document.text for document in data.documents] or None)
+    entries = []
+    for length in settings.lengths:
+        check_positions(subject.config, length)
+        for task in settings.tasks:
+            items = make_items(
+                task,
+                subject.tokenizer,
+                length=length,
+                count=settings.items,
+                filler=filler,
+                depths=settings.depths,
+                seed=settings.seed,
+            )
+            entries += [Entry("recall", task, length, n, work([item]), item) for n, item in enumerate(items)]
+    return entries
+
+
+def _measure_recall(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
+    for begin in range(0, len(entries), settings.batch):
+        batch = entries[begin : begin + settings.batch]
+        scores = score(loaded.model, loaded.tokenizer, [entry.what for entry in batch], batch=settings.batch)
+        yield [
+            (
+                entry,
+                {
+                    "depth": entry.what.depth,
+                    "score": result.score,
+                    "log_probability": result.log_probability,
+                    "rank": result.rank,
+                    "text": result.text,
+                },
+            )
+            for entry, result in zip(batch, scores, strict=True)
+        ]
+
+
+def _summary_entries(subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+    if not data.pairs:
+        raise InputError('the suite summary needs documents with a "summary" beside their "text"')
+    check_positions(subject.config, max(settings.lengths))
+    return [
+        Entry("summary", None, length, n, length, pair)
+        for length in settings.lengths
+        for n, pair in enumerate(data.pairs[: settings.items])
+    ]
+
+
+def _measure_summary(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
+    for entry in entries:
+        pair = entry.what
+        how = {"length": entry.length, "new_tokens": settings.new_tokens, "beams": settings.beams}
+        made = summarise(loaded.model, loaded.tokenizer, pair.text, **how)
+        baseline = rouge(pair.summary, lead(pair.text))
+        record = {"document": pair.id, **rouge(pair.summary, made.text), "lead": baseline}
+        yield [(entry, {**record, "prompt_tokens": made.prompt_tokens, "cut": made.cut, "text": made.text})]
+
+
+def _harness_entries(subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+    from .harness import check_tasks  # an extra
+
+    check_tasks(settings.harness, settings.include)
+    return [Entry("lm-eval", task, 0, settings.limit or 0, 0, None) for task in settings.harness]
+
+
+def _measure_harness(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
+    if entries:
+        from .harness import run_tasks
+    for entry in entries:
+        assert entry.task is not None
+        rows = run_tasks(
+            loaded.model,
+            loaded.tokenizer,
+            [entry.task],
+            limit=settings.limit,
+            batch=settings.batch,
+            include=settings.include,
+            seed=settings.seed,
+        )
+        yield [(entry, {"metrics": [{name: value for name, value in row.items() if name != "values"} for row in rows]})]
+
+
+SUITES: dict[str, tuple[Prepare, Measure]] = {
+    "loss": (functools.partial(_document_entries, "loss"), _measure_loss),
+    "recall": (_recall_entries, _measure_recall),
+    "summary": (_summary_entries, _measure_summary),
+    "fidelity": (functools.partial(_document_entries, "fidelity"), _measure_fidelity),
+    "lm-eval": (_harness_entries, _measure_harness),
+}
+"""By name: what makes the entries of a suite, and what measures them."""

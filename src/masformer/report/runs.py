@@ -1,0 +1,318 @@
+"""Run folders, read: what evaluations measured and how trainings went, together as one `Results`.
+
+    results = read_results([Path("runs/eval"), Path("runs/recovery")])
+    results.models["parent"].plan, results.records["loss"], results.trainings
+
+Models keep the order of their runs; a label that two runs use gets the folder's name added in both.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, InputError
+from ..evaluation.results import FACTS, RECORDS, read_run
+from ..spans import PlanError, SpanPlan
+
+METRICS, RECIPE = "metrics.jsonl", "recipe.json"
+Record = dict[str, Any]
+
+NUMBERS = {
+    "loss": ("tokens", "nats", "length", "item"),
+    "recall": ("score", "length", "item"),
+    "summary": ("rouge1", "rouge2", "rougeL", "length", "item"),
+    "fidelity": ("tokens", "kl", "agree", "length", "item"),
+    "lm-eval": (),
+}
+"""The fields of each suite's records that must be numbers."""
+NAMES = {
+    "loss": ("document",),
+    "recall": ("task",),
+    "summary": ("document",),
+    "fidelity": ("document",),
+    "lm-eval": ("task",),
+}
+"""Those that must be text."""
+BUCKETS = {"buckets": {"loss": 4, "fidelity": 5}, "repeats": {"loss": 4}}
+"""Lists of buckets, and how many numbers a bucket of each suite has."""
+COSTS = ("attention_pairs", "kv_bytes_held", "prefill_kv_peak")
+FLOPS = ("prefill_flops", "training_flops", "decode_flops")
+FEW = 10  # documents; with fewer, intervals are clearly too narrow
+COMPARED = ("versions", "device", "dtype", "settings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One folder of `masformer eval`: `facts` is its run.json, `records` its results.jsonl."""
+
+    folder: Path
+    facts: dict[str, Any]
+    records: list[Record]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One folder of `masformer train`: its recipe, and the lines of metrics.jsonl by step, of each step the last."""
+
+    folder: Path
+    name: str
+    recipe: dict[str, Any]
+    steps: dict[int, Record]
+    held_out: dict[int, Record]
+
+    @property
+    def kinds(self) -> list[str]:
+        """What was held out: `documents`, `recall`."""
+        names = dict.fromkeys(name for line in self.held_out.values() for name in line if name.startswith("eval_"))
+        return [name.removeprefix("eval_").removesuffix("_loss") for name in names if name.endswith("_loss")]
+
+    @property
+    def tokens(self) -> int:
+        """How many were trained on, as far as the lines say."""
+        return round(sum(line["tokens"] for line in self.steps.values() if is_number(line.get("tokens"))))
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second, the median over the lines."""
+        speeds = [line["tokens_per_second"] for line in self.steps.values() if is_number(line.get("tokens_per_second"))]
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def words(self) -> str:
+        """The model and the plan that the recipe names."""
+        plan = self.recipe.get("plan")
+        if isinstance(plan, dict):
+            plan = ", ".join(f"{name} {value}" for name, value in plan.items() if value is not None)
+        return f"{self.recipe.get('model', 'a model')}, plan {plan or 'as it is'}"
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) wherever a line has this field as a number."""
+        lines = self.held_out if name.startswith("eval_") else self.steps
+        return [(step, line[name]) for step, line in sorted(lines.items()) if is_number(line.get(name))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An evaluated model. `cost` has one object a length; `reference` is the label of what it is compared with."""
+
+    label: str
+    source: str
+    plan: SpanPlan
+    cost: dict[int, dict[str, Any]]
+    run: str
+    reference: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All runs together. `records` by suite, each with the label under which `models` has its model."""
+
+    models: dict[str, Model]
+    records: dict[str, list[Record]]
+    evaluations: dict[str, Evaluation]
+    trainings: list[Training]
+
+
+def read_results(folders: Sequence[Path]) -> Results:
+    """Read evaluation and training runs, in any order and number; a folder named twice counts once.
+
+    Raises:
+        InputError: no folder, one that holds no run, or one with no number in it yet.
+        CorruptError: a file that is damaged; a torn last line is left out, for the run may be going on.
+    """
+    if not folders:
+        raise InputError("name at least one run folder")
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    names = dict(zip(folders, _names(folders), strict=True))
+    evaluations, trainings = {}, []
+    for folder, name in names.items():
+        kinds = [(folder / RECORDS).exists() or (folder / FACTS).exists(), (folder / METRICS).exists()]
+        if not any(kinds):
+            raise InputError(f"{folder} is no run folder: it holds neither {RECORDS} nor {METRICS}")
+        if kinds[0]:
+            evaluations[name] = _evaluation(folder)
+        if kinds[1]:
+            trainings.append(_training(folder, name))
+    return _joined(evaluations, trainings)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of every path, as few as tell all of them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _evaluation(folder: Path) -> Evaluation:
+    facts, records = read_run(folder)
+    if not isinstance(facts.get("models"), dict):
+        raise CorruptError(f"{folder / FACTS} names no models")
+    for number, record in enumerate(records, start=1):
+        if wrong := _wrong(record, facts):
+            raise CorruptError(f"{folder / RECORDS}, line {number}: {wrong}")
+    if not records:
+        raise InputError(f"{folder} holds no result yet")
+    return Evaluation(folder, facts, records)
+
+
+def _wrong(record: Record, facts: dict[str, Any]) -> str:
+    """What keeps a record from being used; empty if nothing does."""
+    suite = record.get("suite")
+    if record.get("model") not in facts["models"]:
+        return f"model {record.get('model')!r} is not in {FACTS}"
+    if suite not in NUMBERS:
+        return f"unknown suite {suite!r}"
+    for name in NUMBERS[suite]:
+        if not is_number(record.get(name)):
+            return f"{name} is {record.get(name)!r}, not a number"
+    if not (record.get("depth") is None or is_number(record["depth"])):
+        return f"depth is {record['depth']!r}, neither a number nor null"
+    if record.get("tokens", 1) < 1 or not 0 <= record.get("score", 0) <= 1:
+        return "tokens must be at least 1, and a score 0 to 1"
+    if suite == "lm-eval" and not all(is_number(row.get("value")) for row in harness_rows(record)):
+        return "a value is not a number"
+    for name in NAMES[suite]:
+        if not isinstance(record.get(name), str):
+            return f"{name} is {record.get(name)!r}, not text"
+    for name, sizes in BUCKETS.items():
+        if suite in sizes and not _are_buckets(record.get(name, []), sizes[suite]):
+            return f"{name} are not lists of {sizes[suite]} numbers"
+    return ""
+
+
+def harness_rows(record: Record) -> list[Record]:
+    """The metrics of an lm-eval record, each with `metric`, `value` and `stderr`: a list, or the record itself."""
+    rows: list[Record] = record.get("metrics", [record])
+    return rows
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; JSON as Python reads it also has NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_buckets(value: Any, size: int) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(bucket, list) and len(bucket) == size and all(map(is_number, bucket)) for bucket in value
+    )
+
+
+def _training(folder: Path, name: str) -> Training:
+    try:
+        recipe = json.loads((folder / RECIPE).read_text("utf-8"))
+        lines = (folder / METRICS).read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"{folder} is no training run: {Path(error.filename).name}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{folder / RECIPE} is damaged: {error}") from error
+    steps: dict[int, Record] = {}
+    held_out: dict[int, Record] = {}
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            (held_out if any(key.startswith("eval_") for key in line) else steps)[int(line["step"])] = line
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            raise CorruptError(f"{folder / METRICS}, line {number} is damaged") from error
+    if not steps and not held_out:
+        raise InputError(f"{folder} holds no step yet")
+    return Training(folder, name, recipe, steps, held_out)
+
+
+def _joined(evaluations: dict[str, Evaluation], trainings: list[Training]) -> Results:
+    used = collections.Counter(label for run in evaluations.values() for label in run.facts["models"])
+    models: dict[str, Model] = {}
+    records: dict[str, list[Record]] = {}
+    digests: dict[str, Any] = {}  # of the data of every run, by the label of the run's first model
+    for name, run in evaluations.items():
+        labels = {label: f"{label} ({name})" if used[label] > 1 else label for label in run.facts["models"]}
+        own = next(iter(labels.values()))
+        settings = run.facts.get("settings") or {}
+        digests[own] = settings.get("data_digest", settings.get("data"))
+        first = next(iter(digests))
+        reference = first if digests[own] == digests[first] else own
+        for label, model in run.facts["models"].items():
+            models[labels[label]] = _model(labels[label], model, name, reference, run.folder)
+        for record in run.records:
+            records.setdefault(record["suite"], []).append({**record, "model": labels[record["model"]]})
+    return Results(models, records, evaluations, trainings)
+
+
+def _model(label: str, facts: dict[str, Any], run: str, reference: str, folder: Path) -> Model:
+    try:
+        costs = {int(length): cost for length, cost in (facts.get("cost") or {}).items()}
+        for cost in costs.values():
+            _ = [cost[name] for name in COSTS], [cost[name][part] for name in FLOPS for part in ("attention", "total")]
+        return Model(label, str(facts.get("model", "")), SpanPlan.parse(facts["plan"]), costs, run, reference)
+    except (PlanError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptError(f"{folder / FACTS}, model {label!r}, cannot be read: {error}") from error
+
+
+def counts(results: Results) -> dict[tuple[str, str], int]:
+    """How many items were measured, by suite and model."""
+    order = list(results.models)
+    found: collections.Counter[tuple[str, str]] = collections.Counter()
+    for suite, records in results.records.items():
+        for record in records:
+            known = record.get("of", record.get("items")) if suite == "lm-eval" else 1
+            found[suite, record["model"]] += known if isinstance(known, int) else 0
+    return dict(sorted(found.items(), key=lambda pair: (pair[0][0], order.index(pair[0][1]))))
+
+
+def caveats(results: Results) -> list[str]:
+    """What the numbers do not say: intervals that are missing or rough, models that were measured on other items."""
+    words = []
+    for suite, records in results.records.items():
+        sizes = collections.Counter((r["model"], r.get("length")) for r in records).values()
+        if suite in ("loss", "summary", "fidelity") and 1 in sizes:
+            words.append(f"Intervals of {suite} are missing where one document was read: nothing says how two differ.")
+        if suite in ("loss", "summary", "fidelity") and (few := [size for size in sizes if 1 < size < FEW]):
+            words.append(f"Intervals of {suite} rest on as few as {min(few)} documents and are too narrow.")
+        if suite == "recall":
+            cells = collections.Counter((r["model"], r["task"], r["length"], r.get("depth")) for r in records).values()
+            some = f"{min(cells)} to {max(cells)}" if len(set(cells)) > 1 else f"{min(cells)}"
+            words.append(f"Items behind each number of recall by length and depth: {some}.")
+    return words + _unequal(results)
+
+
+def _unequal(results: Results) -> list[str]:
+    """Suites of which a model lacks items that another model of the same run has: its means are of something else."""
+    words = []
+    for suite, records in results.records.items():
+        items: dict[str, dict[str, set[Any]]] = {}
+        for record in records:
+            run = items.setdefault(results.models[record["model"]].run, {})
+            run.setdefault(record["model"], set()).add((record.get("task"), record.get("length"), record.get("item")))
+        for name, run in items.items():
+            every = set().union(*run.values())
+            for label in (label for label, model in results.models.items() if model.run == name):
+                if missing := len(every - run.get(label, set())):
+                    words.append(f"{label} lacks {missing:,} of {len(every):,} items of {suite} that others have.")
+    return words
+
+
+def disagreements(results: Results) -> list[str]:
+    """In which versions, settings or devices the evaluations differ: a sentence for each."""
+    facts = {name: _flat({k: run.facts.get(k) for k in COMPARED}) for name, run in results.evaluations.items()}
+    sentences = []
+    for key in dict.fromkeys(key for flat in facts.values() for key in flat):
+        values = {name: flat.get(key, "not given") for name, flat in facts.items()}
+        if len(set(values.values())) > 1:
+            sentences.append(f"The runs differ in {key}: " + "; ".join(f"{v} in {n}" for n, v in values.items()) + ".")
+    return sentences
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """Nested objects as one, `settings.seed`, with values in words."""
+    if isinstance(value, dict):
+        return {k: v for key in value for k, v in _flat(value[key], f"{name}.{key}".lstrip(".")).items()}
+    return {name: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
