@@ -227,7 +227,7 @@ def _show(folder: Path, out: Path | None, json: bool) -> None:
         "summary": tables.summary(results),
         "fidelity": tables.fidelity(results),
         "lm-eval": [
-            {"model": record["model"], **row} for record in results.records["lm-eval"] for row in harness_rows(record)
+            {"model": record["model"], **row} for record in results.records.get("lm-eval", []) for row in harness_rows(record)
         ],
     }
     if json:

@@ -146,38 +146,6 @@ def test_a_full_disk_leaves_nothing_behind(parent, tmp_path, monkeypatch, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-# eval
-
-
-def test_eval_compares_models_by_position(parent, converted, speeches, capsys):
-    facts = answer(capsys, "eval", parent, converted, "--data", speeches, "--length", 64, "--items", 2)
-    assert facts["length"] == 64
-    full, local = facts["models"]
-    assert (full["plan"], local["plan"]) == ("full*4", PLAN)
-    for loss in (full, local):
-        assert (loss["documents"], loss["skipped"], loss["tokens"]) == (2, 1, 126)
-        assert sum(bucket["tokens"] for bucket in loss["buckets"]) == 126
-        assert loss["bits_per_byte"] > 0
-    for near, far in zip(full["buckets"][:3], local["buckets"][:3], strict=True):
-        assert near["nats"] == pytest.approx(far["nats"], rel=1e-5)  # positions 1 to 7 see all before them
-    assert full["buckets"][-1]["nats"] != pytest.approx(local["buckets"][-1]["nats"], rel=1e-5)
-
-
-def test_eval_with_a_plan_is_eval_of_the_converted(parent, converted, speeches, capsys):
-    where = ["--data", speeches, "--length", 64]
-    one, other = (answer(capsys, "eval", *what, *where)["models"][0] for what in ([parent, *LOCAL], [converted]))
-    assert one | {"model": ""} == other | {"model": ""}
-
-
-def test_eval_prints_a_table_and_says_what_was_skipped(parent, speeches, capsys):
-    assert run(["eval", str(parent), "--data", str(speeches), "--length", "64"]) == 0
-    out, err = capsys.readouterr()
-    assert "32 to 63" in out
-    assert "perplexity" in out
-    assert "1 documents shorter than 64 tokens were skipped" in err
-    assert "3 documents instead of 10" in err
-
-
 def test_bytes_are_those_of_the_predicted_text():
     from masformer.data.documents import Document
 

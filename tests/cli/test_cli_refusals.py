@@ -53,9 +53,6 @@ def test_mistaken_flags_are_usage_errors(parent, tmp_path, flags, words, capsys)
         (["plan", "--layers", "4", "--layout", "local", "--length", "0"], "--length must be at least 1, got 0"),
         (["generate", "x"], "either --prompt or --prompt-file"),
         (["generate", "x", "--prompt", "a", "--prompt-file", "b"], "either --prompt or --prompt-file"),
-        (["eval", "x", "--data", "y"], "Missing option '--length'"),
-        (["eval", "x", "--data", "y", "--length", "1"], "--length must be at least 2, got 1"),
-        (["eval", "x", "--data", "y", "--length", "8", "--items", "0"], "--items must be at least 1, got 0"),
         (["generate", "x", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
         (["convrt"], "No such command 'convrt'"),
@@ -70,7 +67,7 @@ def test_a_plan_for_another_number_of_layers_is_bad_input(command, parent, speec
     rest = {
         "plan": [],
         "convert": [tmp_path / "out"],
-        "eval": ["--data", speeches, "--length", 8],
+        "eval": ["--data", speeches, "--suite", "loss", "--lengths", 8],
         "generate": ["--prompt", "the"],
     }[command]
     line = refusal(capsys, 3, command, parent, *rest, "--plan", "full*2,block:4*3")
@@ -139,13 +136,15 @@ def test_unusable_documents_are_bad_input(parent, tmp_path, content, length, wor
     data = tmp_path / "data.txt"
     if content is not None:
         data.write_text(content)
-    assert words in refusal(capsys, 3, "eval", parent, "--data", data, "--length", length)
+    assert words in refusal(capsys, 3, "eval", parent, "--data", data, "--suite", "loss", "--lengths", length)
 
 
 def test_a_model_without_a_tokenizer_cannot_read_text(copy, speeches, capsys):
     for file in copy.glob("tokenizer*"):
         file.unlink()
-    assert "holds no tokenizer" in refusal(capsys, 3, "eval", copy, "--data", speeches, "--length", 8)
+    assert "holds no tokenizer" in refusal(
+        capsys, 3, "eval", copy, "--data", speeches, "--suite", "loss", "--lengths", 8
+    )
 
 
 def test_an_impossible_device_is_a_usage_error(parent, capsys):

@@ -38,8 +38,9 @@ def test_a_converted_gguf_file_is_a_folder_like_any_other(file, model, speeches,
     assert torch.equal(logits(load(str(out))), logits(model))
     assert load_tokenizer(str(out))(TEXT).input_ids == small_tokenizer()(TEXT).input_ids
     assert not [made for made in out.iterdir() if str(file.parent).encode() in made.read_bytes()]
-    first, second = answer(capsys, "eval", file, out, "--data", speeches, "--length", 64)["models"]
-    assert first | {"model": 0} == second | {"model": 0}
+    where = ["--data", speeches, "--suite", "loss", "--lengths", 64]
+    first, second = answer(capsys, "eval", f"file={file}", f"folder={out}", *where)["loss"]
+    assert (first["nats"], second["difference"]["value"]) == (second["nats"], 0)
 
 
 def test_generate_from_a_gguf_file(file, parent, capsys):

@@ -41,16 +41,23 @@ class Redraw(Exception):
 
 
 class Filler:
-    """Documents as token ids, tokenised when first needed and kept."""
+    """Documents as token ids, tokenised when first needed and kept, with what else a tokenizer is asked only once."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer, self.texts = tokenizer, texts
         self._kept: dict[int, NDArray[np.int64]] = {}
+        self._made: dict[str, Any] = {}
 
     @classmethod
     def of(cls, tokenizer: Any, texts: Sequence[str] | None) -> Filler:
         """Filler from these texts, or the synthetic noise, a line of five sentences again and again, for None."""
         return cls(tokenizer, [NOISE + "\n"] if texts is None else texts)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make` returns, which depends on the tokenizer alone: made when first needed and kept."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def document(self, number: int) -> NDArray[np.int64]:
         if number not in self._kept:
@@ -102,13 +109,6 @@ class Setting:
     tokenizer: Any
     filler: Filler
     length: int
-    _made: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """What `make` returns, made for the first item and kept for the others."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
 
     def encode(self, text: str) -> Ids:
         return encode(self.tokenizer, text)

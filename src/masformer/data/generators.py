@@ -128,7 +128,7 @@ def make_items(
 
     Raises:
         InputError: an unknown task, a length that is too short, a depth outside 0 to 1, a count below 1, filler
-            without tokens or one that holds whatever is drawn.
+            of another tokenizer, without tokens or one that holds whatever is drawn.
     """
     if task not in TASKS:
         raise InputError(f"no task {task!r}, the tasks are {', '.join(TASKS)}")
@@ -136,6 +136,8 @@ def make_items(
         raise InputError(f"at least one item, got a count of {count}")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise InputError(f"depths lie between 0 and 1, one at least, got {list(depths)}")
+    if filler.tokenizer is not tokenizer:
+        raise InputError("the filler was made with another tokenizer")
     setting, items, needs = Setting(tokenizer, filler, length), [], 0
     for number in range(count):
         random = generator(f"task {task} {length}", seed, number)
@@ -145,7 +147,7 @@ def make_items(
         except TooShort as error:
             needs = max(needs, error.needs)
     if needs:
-        raise InputError(f"{task} needs at least {needs} tokens for these items, length is {length}")
+        raise InputError(f"{task} needs at least about {needs} tokens, length is {length}")
     return items
 
 

@@ -178,7 +178,7 @@ def mqar(setting: Setting, random: np.random.Generator, depth: None) -> Item:
     space = setting.length - len(setting.start) - 4 * count
     if space < 0:
         raise TooShort(setting.length - space)
-    words = setting.once("whole words", lambda: _whole_words(setting))
+    words = setting.filler.once("whole words", lambda: _whole_words(setting))
     if len(words) < 2 * count:
         raise InputError(f"mqar needs {2 * count} tokens that are whole words, this tokenizer has {len(words)}")
     drawn = pick(random, words, 2 * count)

@@ -116,7 +116,7 @@ def common_words(setting: Setting, random: np.random.Generator, depth: None) -> 
     answer has the words in the order of their first places in the list.
     """
     often, seldom = COUNTS if setting.length >= LONG else COUNTS_BELOW
-    made = setting.once("made words", lambda: _made_words(setting))
+    made = setting.filler.once("made words", lambda: _made_words(setting))
     words = pick(random, list(made), len(made))
     example, wanted, others = words[: 2 * WANTED], words[2 * WANTED : 3 * WANTED], words[3 * WANTED :]
     head = setting.encode("\n\n" + _worked_list(random, example) + LIST)
@@ -159,7 +159,7 @@ def _shuffled(random: np.random.Generator, wanted: list[str], others: list[str],
 
 def _that_fit(setting: Setting, space: int, wanted: list[str], others: list[str], counts: tuple[int, int]) -> list[str]:
     """The first of the others that fit into `space` tokens beside the wanted words, one at least."""
-    made = setting.once("made words", lambda: _made_words(setting))
+    made = setting.filler.once("made words", lambda: _made_words(setting))
     entries, taken = counts[0] * len(wanted), 0
     space -= counts[0] * sum(len(made[word]) for word in wanted)
     space -= sum(len(_number(setting, number)) for number in range(entries))
@@ -179,7 +179,7 @@ def _that_fit(setting: Setting, space: int, wanted: list[str], others: list[str]
 def _number(setting: Setting, index: int) -> Ids:
     """The tokens before entry `index` of the list, from 0: its number and a full stop."""
     block, place = divmod(index, 1000)
-    return setting.once(f"numbers {block}", lambda: _numbers(setting, block))[place]
+    return setting.filler.once(f"numbers {block}", lambda: _numbers(setting, block))[place]
 
 
 def _numbers(setting: Setting, block: int) -> list[Ids]:
@@ -255,7 +255,7 @@ def babi_2(setting: Setting, random: np.random.Generator, depth: None) -> Item:
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """Facts in order, each told once; `last` is the index of the one that decides."""
+    """Facts in order, each told once; `last` is the index of the one that decides, `names` what it turns on."""
 
     facts: list[str]
     names: list[str]
@@ -302,7 +302,7 @@ def _walk(random: np.random.Generator, depth: float) -> Story:
             at[person] = answer if number == last else pick(random, free, 1)[0]
             facts.append(_move(random, persons[person], at[person]))
         if len(set(facts)) == len(facts):
-            return Story(facts, persons, persons[0], answer, last)
+            return Story(facts, [persons[0]], persons[0], answer, last)
 
 
 def _errands(random: np.random.Generator) -> Story:
@@ -316,7 +316,8 @@ def _errands(random: np.random.Generator) -> Story:
         carried = [thing for thing in errands.things if thing in errands.carried]
         if carried and len(set(errands.facts)) == len(errands.facts):
             asked = pick(random, carried, 1)[0]
-            names = [*errands.persons, asked]
+            holders = [p for p in errands.persons if any(p in f and f"the {asked}" in f for f in errands.facts)]
+            names = [*holders, asked]
             return Story(errands.facts, names, asked, errands.place(asked), errands.carried[asked])
 
 

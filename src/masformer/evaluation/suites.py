@@ -125,12 +125,13 @@ class Loaded:
     parent: PreTrainedModel | None
 
 
-Prepare = Callable[[Subject, Settings, Data], list[Entry]]
+Say = Callable[[str], Any]
+Prepare = Callable[[Subject, Settings, Data, Say], list[Entry]]
 Measure = Callable[[Loaded, list[Entry], Settings], Iterator[list[tuple[Entry, Record]]]]
 
 
 def prepare(
-    subjects: Sequence[Subject], settings: Settings, data: Data, say: Callable[[str], Any] = lambda line: None
+    subjects: Sequence[Subject], settings: Settings, data: Data, say: Say = lambda line: None
 ) -> list[list[Entry]]:
     """All that is to be measured, a list for every model.
 
@@ -149,11 +150,8 @@ def prepare(
         _refuse_incomparable(subjects)
     work = []
     for subject in subjects:
-        made = {suite: SUITES[suite][0](subject, settings, data) for suite in settings.suites}
-        work.append([entry for entries in made.values() for entry in entries])
-        for suite, entries in made.items():
-            if suite in ("loss", "fidelity", "summary") and len(entries) % settings.items:
-                say(f"{subject.label}: {suite} has {len(entries)} documents instead of {settings.items}")
+        suites = [suite for suite in settings.suites if suite != "fidelity" or subject is not subjects[0]]
+        work.append([e for suite in suites for e in SUITES[suite][0](subject, settings, data, say)])
     return work
 
 
@@ -188,10 +186,11 @@ def evaluate(
         left = [entry for entry in entries if entry.key(subject.label) not in run.done]
         if not left:
             continue
-        compared = any(entry.suite == "fidelity" for entry in left)
-        if compared and first is None:
+        if first is None and any(entry.suite == "fidelity" for entry in left):
             first = subjects[0].load()
-        model = first if number == 0 and first is not None else subject.load()
+        model = subject.load()
+        if number == 0 and "fidelity" in settings.suites:
+            first = model
         loaded = Loaded(model, subject.tokenizer, first)
         for suite in settings.suites:
             of_suite = [entry for entry in left if entry.suite == suite]
@@ -205,12 +204,16 @@ def _place(entry: Entry) -> Record:
     return {name: getattr(entry, name) for name in ("suite", "task", "length", "item")}
 
 
-def _document_entries(suite: str, subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+def _document_entries(suite: str, subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
     """The same documents, cut to the longest length or whole, for the suites that read documents."""
     longest = max(settings.lengths)
     check_positions(subject.config, longest)
     length = None if suite == "loss" and settings.stride is not None else longest
     cut = cut_documents(subject.tokenizer, data.documents, length=length, items=settings.items)
+    if cut.short:
+        say(f"{subject.label}: {cut.short} documents of less than {longest:,} tokens passed over ({suite})")
+    if len(cut.ids) < settings.items:
+        say(f"{subject.label}: {len(cut.ids)} documents instead of {settings.items} ({suite})")
     sizes = cut.sizes or [None] * len(cut.ids)
     return [
         Entry(suite, None, longest, n, len(ids), (ids, size, name))
@@ -236,8 +239,8 @@ def _measure_loss(loaded: Loaded, entries: list[Entry], settings: Settings) -> I
 
 
 def _measure_fidelity(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
-    assert loaded.parent is not None
     for entry in entries:
+        assert loaded.parent is not None
         ids, _, name = entry.what
         kl, agree = (values.double().cpu() for values in fidelity(loaded.model, loaded.parent, ids))
         places, edges = torch.arange(1, len(ids)), default_edges(len(ids))
@@ -247,7 +250,7 @@ def _measure_fidelity(loaded: Loaded, entries: list[Entry], settings: Settings) 
         yield [(entry, {**record, "buckets": buckets})]
 
 
-def _recall_entries(subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+def _recall_entries(subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
     filler = Filler.of(subject.tokenizer, [document.text for document in data.documents] or None)
     entries = []
     for length in settings.lengths:
@@ -285,10 +288,12 @@ def _measure_recall(loaded: Loaded, entries: list[Entry], settings: Settings) ->
         ]
 
 
-def _summary_entries(subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+def _summary_entries(subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
     if not data.pairs:
         raise InputError('the suite summary needs documents with a "summary" beside their "text"')
     check_positions(subject.config, max(settings.lengths))
+    if len(data.pairs) < settings.items:
+        say(f"{subject.label}: {len(data.pairs)} documents instead of {settings.items} (summary)")
     return [
         Entry("summary", None, length, n, length, pair)
         for length in settings.lengths
@@ -306,7 +311,7 @@ def _measure_summary(loaded: Loaded, entries: list[Entry], settings: Settings) -
         yield [(entry, {**record, "prompt_tokens": made.prompt_tokens, "cut": made.cut, "text": made.text})]
 
 
-def _harness_entries(subject: Subject, settings: Settings, data: Data) -> list[Entry]:
+def _harness_entries(subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
     from .harness import check_tasks  # an extra
 
     check_tasks(settings.harness, settings.include)
