@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two workers with one thread each: torch's own threads would fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all check format bench docs clean
+.PHONY: demo test test-all test-browser check format bench docs clean
 
 demo: .venv/ready
 	$(BIN)/masformer demo
@@ -13,7 +13,10 @@ test: .venv/ready
 	$(TEST)
 
 test-all: .venv/ready
-	$(TEST) -m "not gpu"
+	$(TEST) -m "not gpu and not browser"
+
+test-browser: .venv/ready
+	$(TEST) -m browser
 
 check: .venv/ready
 	$(BIN)/ruff format --check

@@ -19,18 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masformer.data.tasks import Item, passkeys
+from masformer.data.generators import DEPTHS, Filler, make_items
+from masformer.data.items import Item
 from masformer.evaluation.loss import loss_by_position
-from masformer.evaluation.recall import recall
+from masformer.evaluation.scoring import score
+from masformer.evaluation.statistics import wilson
 from masformer.models.checkpoint import load
 from masformer.models.convert import convert
 from masformer.models.tokenizer import quiet
 from masformer.training.prepare import DOCUMENTS, Prepared, prepare
 from masformer.training.recipe import Recipe, read_recipe
 
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-FILLERS = 4
-SEQUENCES = 12
+ITEMS = 12 * len(DEPTHS)
+SEQUENCES = 24
 
 
 def held_out(prepared: Prepared) -> tuple[list[Tensor], list[Item]]:
@@ -42,17 +43,21 @@ def held_out(prepared: Prepared) -> tuple[list[Tensor], list[Item]]:
         starts = torch.from_numpy(prepared.held_out[DOCUMENTS].sequence(index).position_ids) == 0
         pieces += [piece for piece in torch.tensor_split(ids, starts.nonzero()[1:, 0]) if len(piece) > 1]
     aside = prepared.aside
-    long = [n for n in range(len(aside)) if aside.lengths[n] > length + 64][:FILLERS]
-    fillers = [prepared.tokenizer.decode(aside.document(n)[: length + 64]) for n in long]
-    return pieces, passkeys(prepared.tokenizer, fillers, length, DEPTHS, seed=1)
+    filler = Filler.of(
+        prepared.tokenizer,
+        [prepared.tokenizer.decode(aside.document(n), skip_special_tokens=True) for n in range(len(aside))],
+    )
+    items = make_items("passkey", prepared.tokenizer, length=length, count=ITEMS, filler=filler, seed=1)
+    return pieces, items
 
 
-def measure(model: Any, pieces: list[Tensor], items: list[Item]) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, pieces: list[Tensor], items: list[Item]) -> dict[str, Any]:
     loss = loss_by_position(model, pieces)
-    scores = [recall(model, item) for item in items]
+    scores = score(model, tokenizer, items)
+    found = sum(s.score for s in scores)
     by_depth = {
         depth: {
-            "found": sum(s.found for s in scores if s.depth == depth),
+            "found": sum(s.score for s in scores if s.depth == depth),
             "probability": mean([math.exp(s.log_probability) for s in scores if s.depth == depth]),
         }
         for depth in DEPTHS
@@ -60,8 +65,9 @@ def measure(model: Any, pieces: list[Tensor], items: list[Item]) -> dict[str, An
     return {
         "nats": loss.nats_per_token,
         "tokens": loss.tokens,
-        "found": sum(s.found for s in scores),
+        "found": found,
         "items": len(scores),
+        "interval": wilson(found, len(scores)),
         "probability": mean([math.exp(s.log_probability) for s in scores]),
         "log_probability": mean([s.log_probability for s in scores]),
         "depths": by_depth,
@@ -97,8 +103,8 @@ def main() -> None:
         after = load(str(run / f"checkpoint-{recipe.training.steps}"), dtype=torch.float32)
         results[name] = {"plan": str(prepared.plan), "steps": recipe.training.steps, "curve": curve(run)}
         for when, model in (("untrained", before), ("trained", after)):
-            results[name][when] = found = measure(model, pieces, items)
-            print(f"{name:10} {when:10} {found['nats']:.4f} nats, {found['found']} of {found['items']}", flush=True)
+            results[name][when] = found = measure(model, prepared.tokenizer, pieces, items)
+            print(f"{name:10} {when:10} {found['nats']:.4f} nats, {found['found']:.0f} of {found['items']}", flush=True)
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -260,7 +260,7 @@ def moves(text):
 
 @kinds
 def test_the_person_is_where_the_last_move_led(kind):
-    for item in made("babi_1", kind):
+    for item in made("babi_1", kind, 2500, 40):
         text = prompt(item, kind)
         person = re.search(r"Where is (\w+) now", text)[1]
         told = moves(text)

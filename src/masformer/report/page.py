@@ -119,7 +119,7 @@ def _render(title: str, sections: Sequence[Section]) -> str:
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
-        raise InputError("the report page needs jinja2: pip install 'masformer[demo]'") from error
+        raise InputError("the report page needs jinja2: pip install 'masformer[eval]'") from error
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("masformer.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(title=title, sections=_apart(sections)) + "\n"

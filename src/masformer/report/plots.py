@@ -273,7 +273,7 @@ def drawing(width: float = 4.4, height: float = 3.1) -> Iterator[tuple[Figure, A
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("plots need matplotlib: pip install 'masformer[demo]'") from error
+        raise InputError("plots need matplotlib: pip install 'masformer[eval]'") from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's fonts draw the text
         matplotlib.rcdefaults()  # the reader's matplotlibrc must not change the page
