@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 QUICK: dict[str, Any] = {
     "suites": ("loss", "recall", "summary", "fidelity"),
     "lengths": (1024, 2048, 4096, 8192),
-    "items": 2,
+    "items": 3,
+    "tasks": ("passkey",),
+    "depths": (0.1, 0.5, 0.9),
 }
 """What --quick sets where nothing else is said."""
 
@@ -68,7 +70,7 @@ def evaluate(
     quiet()
     chosen = QUICK if quick else {"suites": ("loss", "recall")}
     chosen = chosen | _given(suite, lengths, items)
-    if "lengths" not in chosen:
+    if "lengths" not in chosen and chosen["suites"] != ("lm-eval",):
         raise UsageError("say at which --lengths, or --quick")
     settings = _settings(
         chosen, tasks, limit=items, include=include, stride=stride, beams=beams, batch=batch, seed=seed
@@ -227,7 +229,9 @@ def _show(folder: Path, out: Path | None, json: bool) -> None:
         "summary": tables.summary(results),
         "fidelity": tables.fidelity(results),
         "lm-eval": [
-            {"model": record["model"], **row} for record in results.records.get("lm-eval", []) for row in harness_rows(record)
+            {"model": record["model"], **row}
+            for record in results.records.get("lm-eval", [])
+            for row in harness_rows(record)
         ],
     }
     if json:

@@ -191,7 +191,7 @@ def test_lm_eval_runs_a_task_of_ones_own(converted, tmp_path, capsys):
         f"{tasks / 'docs.jsonl'}\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{{{text}}}}'\n"
         "doc_to_choice: options\ndoc_to_target: right\nmetric_list:\n  - metric: acc\n"
     )
-    flags = ["--suite", "lm-eval", "--tasks", "own", "--include", tasks, "--lengths", 8]
+    flags = ["--suite", "lm-eval", "--tasks", "own", "--include", tasks]
     rows = answer(capsys, "eval", converted, *flags)["lm-eval"]
     assert [(row["task"], row["metric"], row["items"]) for row in rows] == [("own", "acc", 2)]
     assert rows[0]["value"] in (0, 0.5, 1)

@@ -102,7 +102,11 @@ def test_models_lengths_and_commands_can_be_added(tmp_path):
 
 
 def test_two_processes_cannot_write_into_one_folder(tmp_path):
-    with Run.open(tmp_path, FACTS), pytest.raises(InputError, match="another process writes"), Run.open(tmp_path, FACTS):
+    with (
+        Run.open(tmp_path, FACTS),
+        pytest.raises(InputError, match="another process writes"),
+        Run.open(tmp_path, FACTS),
+    ):
         pass
     with Run.open(tmp_path, FACTS):
         pass

@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from masformer.report.heatmap import colour, heat_map, ink_on
+from masformer.report.places import colour, heat_map, ink_on
 from masformer.report.plots import bars, lines, loss_by_position, short, trade_off, undominated
 
 matplotlib = pytest.importorskip("matplotlib")

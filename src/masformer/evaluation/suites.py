@@ -50,7 +50,7 @@ class Settings:
     """
 
     suites: tuple[str, ...] = ("loss", "recall")
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
     items: int = 10
     tasks: tuple[str, ...] = NEEDLES
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -71,9 +71,11 @@ class Settings:
             raise InputError("nothing to measure: name a suite, and tasks for recall")
         if ("lm-eval" in self.suites) != bool(self.harness):
             raise InputError("the suite lm-eval and its tasks go together: --suite lm-eval --tasks ...")
-        if not self.lengths or min(self.lengths) < 2:
+        if not self.lengths and self.suites != ("lm-eval",):
+            raise InputError("no length to measure at")
+        if self.lengths and min(self.lengths) < 2:
             raise InputError(f"lengths must be at least 2, got {list(self.lengths)}")
-        if self.stride is not None and not 1 <= self.stride < max(self.lengths):
+        if self.stride is not None and self.lengths and not 1 <= self.stride < max(self.lengths):
             raise InputError(f"the stride must be 1 to {max(self.lengths) - 1} (below the length), got {self.stride}")
 
     def of_items(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import tables
-from .heatmap import both, by_position, fidelity_section, recall_section, repeats_section
+from .places import both, by_position, fidelity_section, recall_section, repeats_section
 from .page import Figure, Section, Table, interval, number, write_page
 from .picture import plan_svg
 from .plots import Point, bars, lines, trade_off, undominated
