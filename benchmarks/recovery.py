@@ -30,8 +30,8 @@ from masformer.models.tokenizer import quiet
 from masformer.training.prepare import DOCUMENTS, Prepared, prepare
 from masformer.training.recipe import Recipe, read_recipe
 
-ITEMS = 12 * len(DEPTHS)
-SEQUENCES = 24
+ITEMS = 6 * len(DEPTHS)
+SEQUENCES = 8
 
 
 def held_out(prepared: Prepared) -> tuple[list[Tensor], list[Item]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from masformer import demo
-from masformer.evaluation.recall import Recall
+from masformer.evaluation.scoring import Score
 from masformer.models.convert import plan_of
 from tests.small import TEXT, small_llama, small_tokenizer
 
@@ -50,16 +50,18 @@ def test_demo_shows_every_plan_and_measures_once(fetched, monkeypatch):
     assert parent[-1]["nats"] != pytest.approx(local[-1]["nats"], rel=1e-6)
 
     monkeypatch.setattr(demo, "loss_by_position", None)
-    monkeypatch.setattr(demo, "recall", None)
+    monkeypatch.setattr(demo, "score", None)
     monkeypatch.setattr(demo, "generate_text", None)
     assert demo.run(fetched / "out", device="cpu", say=said.append) == results
 
 
 def test_needle_is_asked_under_the_plan_that_is_named(fetched, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        demo, "recall", lambda model, item: seen.append(plan_of(model)) or Recall(item.depth, True, -1.0)
-    )
+
+    def score(model, tokenizer, items):
+        seen.append((plan_of(model), len(items)))
+        return [Score("passkey", item.depth, 1.0, -1.0, 1.0, (True,)) for item in items]
+
+    monkeypatch.setattr(demo, "score", score)
     demo.run(fetched / "out", device="cpu", say=lambda line: None)
-    items = demo.FILLERS * len(demo.DEPTHS)
-    assert seen == [plan for plan in demo.plans(30).values() for _ in range(items)]
+    assert seen == [(plan, demo.PASSKEYS) for plan in demo.plans(30).values()]

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 QUICK: dict[str, Any] = {
     "suites": ("loss", "recall", "summary", "fidelity"),
     "lengths": (1024, 2048, 4096, 8192),
-    "items": 3,
+    "items": 2,
     "tasks": ("passkey",),
-    "depths": (0.1, 0.5, 0.9),
+    "depths": (0.25, 0.75),
 }
 """What --quick sets where nothing else is said."""
 

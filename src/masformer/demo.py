@@ -21,10 +21,10 @@ import torch
 from . import demo_page
 from .data.documents import Document, read_documents
 from .data.fetch import smollm2, sotu
-from .data.tasks import passkeys
+from .data.generators import DEPTHS, Filler, make_items
 from .evaluation.generation import generate_text, prompt_ids
 from .evaluation.loss import loss_by_position
-from .evaluation.recall import recall
+from .evaluation.scoring import score
 from .evaluation.texts import cut_documents
 from .files import digest
 from .models.checkpoint import load
@@ -42,9 +42,8 @@ LENGTH = 4096
 DOCUMENTS = 3
 NEEDLE_LENGTH = 2048
 """Tokens of the passkey items."""
-FILLERS = 3
-"""Speeches, the newest, in which a passkey is hidden at every depth."""
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+FILLERS, PASSKEYS = 3, 15
+"""Speeches, the newest, in which passkeys are hidden, and how many of these, at each depth in turn."""
 FIRST_YEAR = 2001
 """Only speeches from here on, the longest and the newest."""
 NEW_TOKENS = 64
@@ -149,7 +148,7 @@ class _Job:
 
     def _once(self, what: str, plan: SpanPlan, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Measure under a plan, or take what an earlier run measured on the same things."""
-        settings = (LENGTH, NEEDLE_LENGTH, DOCUMENTS, FILLERS, DEPTHS, FIRST_YEAR, NEW_TOKENS)
+        settings = (LENGTH, NEEDLE_LENGTH, DOCUMENTS, FILLERS, PASSKEYS, DEPTHS, FIRST_YEAR, NEW_TOKENS)
         basis = (what, str(plan), self.device, torch.__version__, settings, self.code)
         name = f"{what}-{hashlib.sha256(repr(basis).encode()).hexdigest()[:16]}.json"
         file = self.measured / name
@@ -180,18 +179,18 @@ class _Job:
         return {**loss.to_json(), "documents": cut.names, "seconds": seconds, "words": words}
 
     def _needle(self) -> dict[str, Any]:
-        fillers = [speech.text for speech in self.speeches[-FILLERS:]]
-        items = passkeys(self.tokenizer, fillers, NEEDLE_LENGTH, DEPTHS, seed=0)
-        scores = [recall(self.model, item) for item in items]
-        found = sum(score.found for score in scores)
-        mean = sum(score.log_probability for score in scores) / len(scores)
+        filler = Filler.of(self.tokenizer, [speech.text for speech in self.speeches[-FILLERS:]])
+        items = make_items("passkey", self.tokenizer, length=NEEDLE_LENGTH, count=PASSKEYS, filler=filler)
+        scores = score(self.model, self.tokenizer, items)
+        found = sum(each.score == 1 for each in scores)
+        mean = sum(each.log_probability for each in scores) / len(scores)
         words = f"found {found} of {len(scores)}, log-probability of the key {mean:.1f}"
         return {
             "found": found,
             "items": len(scores),
             "log_probability": mean,
             "words": words,
-            "scores": [dataclasses.asdict(score) for score in scores],
+            "scores": [{"depth": each.depth, "found": each.score == 1} for each in scores],
         }
 
     def _text(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from masformer.data import recall, tasks
+from masformer.data import needles, recall
 from masformer.data.recall import RecallSequences, draw_item
 from masformer.data.seeds import generator
 from masformer.data.sequences import IGNORED, Stream
@@ -76,7 +76,7 @@ def test_the_evaluations_keys_are_never_used():
 
 
 def test_the_evaluations_wording_never_occurs():
-    evaluation = [tasks.INTRODUCTION, *tasks.NEEDLE.split("{key}"), tasks.QUESTION, "pass key", "info hidden"]
+    evaluation = [needles.INTRODUCTION, *needles.NEEDLE.split("{key}"), needles.QUESTION, "pass key", "info hidden"]
     phrases = [phrase.strip(" .\n") for phrase in evaluation if len(phrase.strip(" .\n")) > 2]
     assert len(phrases) >= 5
     for item in items():

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .items import Item
-from .tasks import without_space
+from .items import Item, without_space
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """The filler of LongLoRA (passkey_retrivial.py) and of RULER's noise haystack (niah.py), which puts it in lines."""

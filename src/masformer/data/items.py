@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,3 +33,11 @@ class Item:
     def length(self) -> int:
         """Tokens of the prompt and the room for its answer."""
         return self.parts[0][0] + self.room
+
+
+def without_space(tokenizer: Any, question: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    """The same tokens, a lone space before the answer counted to the question: it tests no memory."""
+    spaces = 0
+    while not tokenizer.decode(answer[spaces : spaces + 1]).strip():
+        spaces += 1
+    return question + answer[:spaces], answer[spaces:]

@@ -16,7 +16,6 @@ import numpy as np
 from ..errors import InputError
 from .filler import Ids, Redraw, Setting, TooShort, pick, random_places, room_for
 from .items import Item
-from .tasks import INTRODUCTION, NEEDLE, QUESTION
 
 HEADS = (
     "ash", "barn", "beach", "bear", "bell", "bird", "bison", "bone", "book", "brick", "bull", "cable", "cake", "camp",
@@ -45,6 +44,12 @@ TAILS = (
 )  # fmt: skip
 """No head ends with another and no tail begins with another, so that no made word stands within another."""
 
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
 DIGITS = 9
 NEEDLES = 4
 ONE = (

@@ -4,8 +4,8 @@
 
 An item has one to eight facts ("the call sign of the lighthouse is amber-falcon"), fewer where they would take more
 than half of the tokens; they are all of one kind and some are never asked for. It ends with one to four questions.
-Introductions, needles, questions and keys are drawn from many; none is the evaluation's (`tasks.py`), whose keys are
-numbers of five digits, and these are never that.
+Introductions, needles, questions and keys are drawn from many; none is the evaluation's (`needles.py`,
+`tracing.py`), whose numbers have five or nine digits.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from .corpus import Corpus, digest, fingerprint
+from .items import without_space
 from .seeds import generator
 from .sequences import IGNORED, Lengths, Sequence, assemble, checked_lengths, length_at
-from .tasks import without_space
 
 MOST_FACTS, MOST_QUESTIONS = 8, 4
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import tables
-from .places import both, by_position, fidelity_section, recall_section, repeats_section
 from .page import Figure, Section, Table, interval, number, write_page
 from .picture import plan_svg
+from .places import both, by_position, fidelity_section, recall_section, repeats_section
 from .plots import Point, bars, lines, trade_off, undominated
 from .runs import Results, Training, caveats, counts, disagreements, harness_rows, read_results
 
