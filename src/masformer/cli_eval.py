@@ -20,7 +20,8 @@ from rich.table import Table
 from .cli_model import Debug, Device, Json, device_name, load_with_plan
 from .cli_output import UsageError, at_least, print_json, progress, say
 from .cli_plan import PlanFlags, in_words
-from .files import digest
+from .errors import InputError
+from .files import digest, sha256
 
 if TYPE_CHECKING:
     from .evaluation.suites import Data, Settings, Subject
@@ -68,20 +69,24 @@ def evaluate(
     from .models.tokenizer import quiet
 
     quiet()
-    chosen = QUICK if quick else {"suites": ("loss", "recall")}
-    chosen = chosen | _given(suite, lengths, items)
+    given = _given(suite, lengths, items)
+    chosen: dict[str, Any] = {"suites": ("loss", "recall"), **(QUICK if quick else {}), **given}
     if "lengths" not in chosen and chosen["suites"] != ("lm-eval",):
         raise UsageError("say at which --lengths, or --quick")
+    _refuse_idle(chosen["suites"], tasks=tasks, include=include, stride=stride, beams=beams > 1, batch=batch > 1)
+    limit = chosen["items"] if quick else items
     settings = _settings(
-        chosen, tasks, limit=items, include=include, stride=stride, beams=beams, batch=batch, seed=seed
+        chosen, tasks, limit=limit, include=include, stride=stride, beams=beams, batch=batch, seed=seed
     )
-    documents = _data(data, settings)
     where = device_name(device)
     subjects = [_subject(model, flags, where) for model in models]
+    if quick:
+        settings = _reduced(settings, subjects, data, given)
+    documents = _data(data, settings)
     work = prepare(subjects, settings, documents, say)
     facts = _facts(subjects, settings, data, documents, where, flags)
     with _folder(out) as folder:
-        with Run.open(folder, facts) as run:
+        with Run.open(folder, facts, compared="fidelity" in settings.suites) as run:
             pairs = [(subject.label, e) for subject, entries in zip(subjects, work, strict=True) for e in entries]
             left = sum(entry.tokens for label, entry in pairs if entry.key(label) not in run.done)
             with progress("evaluating", left) as advance:
@@ -129,6 +134,48 @@ def _names(option: str, text: str) -> tuple[str, ...]:
     return names
 
 
+USES = {
+    "tasks": ("recall", "lm-eval"),
+    "include": ("lm-eval",),
+    "stride": ("loss",),
+    "beams": ("summary",),
+    "batch": ("recall", "lm-eval"),
+}
+"""Which suites an option says something of."""
+
+
+def _refuse_idle(suites: Sequence[str], **options: Any) -> None:
+    for name, value in options.items():
+        if value and not set(suites) & set(USES[name]):
+            raise UsageError(f"--{name} is for the suite {' or '.join(USES[name])}, which is not asked for")
+
+
+def _reduced(settings: Settings, subjects: Sequence[Subject], data: str | None, given: dict[str, Any]) -> Settings:
+    """What --quick can do with these models and documents, with a line for what it leaves out."""
+    from .evaluation.summary import read_pairs
+    from .models.positions import max_positions
+
+    suites, lengths = settings.suites, settings.lengths
+    if "suites" not in given:
+        if len(subjects) < 2:
+            suites = _without(suites, "fidelity", "it compares models, and there is one")
+        try:
+            read_pairs(Path(data or ""))
+        except (InputError, OSError) as error:
+            suites = _without(suites, "summary", str(error))
+    if "lengths" not in given:
+        most = min(max_positions(subject.config) or max(lengths) for subject in subjects)
+        lengths = tuple(length for length in lengths if length <= most)
+        if lengths != settings.lengths:
+            say(f"--quick ends at {max(lengths, default=0):,} tokens: a model has {most:,} positions")
+    return dataclasses.replace(settings, suites=suites, lengths=lengths)
+
+
+def _without(suites: tuple[str, ...], left_out: str, why: str) -> tuple[str, ...]:
+    say(f"--quick leaves out {left_out}: {why}")
+    return tuple(suite for suite in suites if suite != left_out)
+
+
 def _settings(chosen: dict[str, Any], tasks: str | None, **rest: Any) -> Settings:
     """Tasks that are not ours are lm-eval's, if that suite is asked for."""
     from .data.generators import TASKS
@@ -136,7 +183,8 @@ def _settings(chosen: dict[str, Any], tasks: str | None, **rest: Any) -> Setting
 
     if tasks is not None:
         names = _names("tasks", tasks)
-        foreign = tuple(name for name in names if name not in TASKS) if "lm-eval" in chosen["suites"] else ()
+        asked = [suite in chosen["suites"] for suite in ("recall", "lm-eval")]
+        foreign = tuple(name for name in names if asked[1] and not (asked[0] and name in TASKS))
         own = tuple(name for name in names if name not in foreign)
         chosen = chosen | {"harness": foreign} | ({"tasks": own} if own else {})
     try:
@@ -166,6 +214,8 @@ def _subject(model: str, flags: PlanFlags, device: str) -> Subject:
     name, equals, source = model.partition("=")
     if not equals or Path(model).exists():
         name, source = Path(model).name, model
+    if not name or not source:
+        raise UsageError(f"{model!r} is no NAME=MODEL: one of the two is empty")
     config, own = load_config(source)
     plan = flags.plan_for(len(own), own)
     tokenizer = load_tokenizer(source)
@@ -177,31 +227,50 @@ def _facts(
 ) -> dict[str, Any]:
     """What run.json holds."""
     texts = [[document.id, document.text] for document in read.documents]
-    versions = {name: metadata.version(name) for name in ("masformer", "torch", "transformers")}
+    extras = {"summary": "rouge-score", "lm-eval": "lm-eval"}
+    used = ["masformer", "torch", "transformers", *(extras[suite] for suite in settings.suites if suite in extras)]
+    versions = {name: metadata.version(name) for name in used}
+    own = settings.of_items()
+    if texts:
+        own["data"] = digest(texts)
+    if read.pairs:
+        own["summaries"] = digest([[pair.id, pair.text, pair.summary] for pair in read.pairs])
+    if settings.include is not None:
+        own["include"] = digest(
+            [[file.name, sha256(file)] for file in sorted(settings.include.iterdir()) if file.is_file()]
+        )
     return {
         "versions": {**versions, "python": platform.python_version()},
         "device": device,
         "data": data,
-        "settings": {"data": digest(texts) if texts else None, **settings.of_items()},
+        "settings": own,
         "models": {subject.label: _about(subject, settings) for subject in subjects},
         "commands": [shlex.join(["masformer", *sys.argv[1:]])],
     }
 
 
 def _about(subject: Subject, settings: Settings) -> dict[str, Any]:
+    from .evaluation.suites import mark
     from .models.checkpoint import weights_digest
     from .models.families import shape_of
     from .spans import cost
 
     dtype = subject.config.dtype
-    shape = shape_of(subject.config, kv_dtype_bytes=getattr(dtype, "itemsize", 4))
+    shape = shape_of(subject.config, kv_dtype_bytes=getattr(dtype, "itemsize", 2))
     config = {name: value for name, value in subject.config.to_dict().items() if not name.startswith("_")}
+    generation = Path(subject.source, "generation_config.json")
+    parts = [
+        weights_digest(subject.source, subject.config),
+        digest(str(sorted(config.items()))),
+        mark(subject.tokenizer),
+    ]
+    parts += [sha256(generation)] if generation.is_file() else []
     return {
         "model": subject.source,
         "plan": str(subject.plan),
         "layers": len(subject.plan),
         "dtype": str(dtype).removeprefix("torch."),
-        "identity": digest([weights_digest(subject.source, subject.config), digest(str(sorted(config.items())))]),
+        "identity": digest(parts),
         "cost": {str(length): cost(shape, subject.plan, length).to_json() for length in settings.lengths},
     }
 

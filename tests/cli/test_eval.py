@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from masformer import cli_eval
 from masformer.cli import run
 from masformer.evaluation import suites
 from masformer.models.checkpoint import load
@@ -117,6 +118,48 @@ def test_a_second_call_measures_nothing_and_more_items_only_the_new_ones(parent,
     assert "seed is 0 in the state and 1 here" in refusal(capsys, 3, *recall, "--seed", 1)
 
 
+def test_fidelity_is_to_the_first_model_of_a_run_and_each_is_loaded_once(
+    parent, converted, pairs, tmp_path, capsys, monkeypatch
+):
+    loads = []
+    monkeypatch.setattr(
+        "masformer.models.checkpoint.load", lambda source, **how: loads.append(source) or load(source, **how)
+    )
+    what = ["--suite", "fidelity", "--data", pairs, "--lengths", 64, "--items", 1, "--out", tmp_path / "run"]
+    answer(capsys, "eval", parent, converted, *what)
+    assert loads == [str(parent), str(converted)]
+    assert "compares models with parent" in refusal(capsys, 3, "eval", converted, parent, *what)
+    answer(capsys, "eval", parent, f"again={converted}", *what)
+    assert loads[2:] == [str(parent), str(converted)]
+
+
+@pytest.mark.parametrize("changed", ["tokenizer", "generation", "summary"])
+def test_what_decides_the_numbers_must_be_the_same_when_a_run_goes_on(changed, copy, pairs, tmp_path, capsys):
+    what = ["eval", copy, "--suite", "loss,summary", "--data", pairs, "--lengths", 200, "--out", tmp_path / "run"]
+    answer(capsys, *what, "--items", 1)
+    if changed == "tokenizer":
+        file = copy / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        file.write_text(json.dumps(tokenizer))
+    elif changed == "generation":
+        (copy / "generation_config.json").write_text('{"eos_token_id": 5}')
+    else:
+        pairs.write_text(pairs.read_text().replace("quick brown", "slow brown"))
+    assert run([*map(str, what), "--items", "2"]) == 3
+    assert "holds another" in capsys.readouterr().err
+
+
+def test_quick_does_what_it_can_and_says_what_it_leaves_out(parent, speeches, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("masformer.cli_eval.QUICK", cli_eval.QUICK | {"lengths": (300, POSITIONS + 1)})
+    assert run(["eval", str(parent), "--quick", "--data", str(speeches), "--out", str(tmp_path / "run")]) == 0
+    err = capsys.readouterr().err
+    assert "--quick leaves out fidelity" in err
+    assert "--quick leaves out summary" in err
+    assert "--quick ends at 300 tokens" in err
+    assert {record["suite"] for record in records(tmp_path / "run")} == {"loss", "recall"}
+
+
 def test_batches_change_nothing(parent, tmp_path, capsys):
     recall = ["eval", parent, "--suite", "recall", "--tasks", "passkey,niah_multiquery", "--lengths", 900]
     one, four = (answer(capsys, *recall, "--items", 4, "--batch", batch)["recall"] for batch in (1, 4))
@@ -146,7 +189,9 @@ def test_whole_documents_are_read_in_windows(parent, speeches, capsys):
         (["x", "--data", "y", "--lengths", "8", "--tasks", "niah"], "unknown task 'niah': choose of passkey"),
         (["x", "--data", "y", "--lengths", "8", "--stride", "0"], "the stride must be 1 to 7"),
         (["x", "--data", "y", "--lengths", "8", "--stride", "8"], "the stride must be 1 to 7"),
-        (["x", "--lengths", "8"], "the suite loss needs --data"),
+        (["x", "--data", "y", "--lengths", "8", "--suite", "loss", "--tasks", "passkey"], "--tasks is for the suite"),
+        (["x", "--data", "y", "--lengths", "8", "--beams", "2"], "--beams is for the suite summary"),
+        (["=x", "--data", "y", "--lengths", "8"], "one of the two is empty"),
         (["x", "--lengths", "8", "--suite", "lm-eval"], "lm-eval and its tasks go together"),
     ],
 )
@@ -168,8 +213,11 @@ def test_everything_is_refused_before_weights_are_read(
     assert "two models are called parent: write NAME=MODEL" in same
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("precious")
-    used = ["--suite", "loss", *eight, "--out", tmp_path / "used"]
+    used = ["--suite", "loss", *eight, "--items", 4, "--out", tmp_path / "used"]
     assert "holds no evaluation" in refusal(capsys, 3, "eval", parent, *used)
+    assert "the suite loss needs --data" in refusal(capsys, 2, "eval", parent, "--lengths", 8)
+    room = ["--suite", "summary", "--data", pairs, "--lengths", 100]
+    assert "leave the document none" in refusal(capsys, 3, "eval", parent, *room)
 
 
 def test_names_are_given_and_a_path_with_an_equals_sign_is_a_path(parent, speeches, tmp_path, capsys):

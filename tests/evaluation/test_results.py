@@ -121,6 +121,36 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
         read_run(tmp_path)
 
 
+def test_records_without_facts_are_nobodys(tmp_path):
+    with Run.open(tmp_path, FACTS) as run:
+        run.add([record(0)])
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match="holds no evaluation"), Run.open(tmp_path, FACTS):
+        pass
+
+
+def test_settings_that_only_one_call_uses_are_joined(tmp_path):
+    later = FACTS | {"settings": {"seed": 0, "include": "x"}, "versions": {"torch": "2", "lm-eval": "1"}}
+    for facts in (FACTS, later, FACTS):
+        with Run.open(tmp_path, facts):
+            pass
+    facts, _ = read_run(tmp_path)
+    assert facts["settings"] == {"seed": 0, "include": "x"}
+    changed = later | {"versions": {"torch": "2", "lm-eval": "2"}}
+    with pytest.raises(InputError, match=r"versions\.lm-eval is '1'"), Run.open(tmp_path, changed):
+        pass
+
+
+def test_what_is_compared_has_one_reference(tmp_path):
+    with Run.open(tmp_path, FACTS, compared=True):
+        pass
+    other = FACTS | {"models": {"two": MODEL, "one": MODEL}}
+    with pytest.raises(InputError, match="compares models with one"), Run.open(tmp_path, other, compared=True):
+        pass
+    with Run.open(tmp_path, other):
+        pass
+
+
 def test_facts_that_cannot_be_read_are_refused(tmp_path):
     with Run.open(tmp_path, FACTS):
         pass

@@ -120,10 +120,10 @@ def test_answers_in_words_are_looked_for_in_what_is_said(tokenizer):
 
 
 def test_items_of_one_length_run_together_and_generation_by_prompt(tokenizer):
-    words = {"references": ("a",), "room": 5}
+    words = {"references": ("a", "b"), "room": 5}
     items = [
         item(20, (10, 12), seed=1), item(24, (10, 12), seed=2, **words), item(20, (14, 15), seed=3, **words),
-        item(20, (10, 20), seed=4, **words), item(20, (10, 11), seed=5, references=("a",), room=7),
+        item(20, (10, 20), seed=4, **words), item(20, (10, 11), seed=5, references=("a", "b"), room=7),
     ]  # fmt: skip
     planted = Planted({each.ids for each in items}, spoken={each.prompt: [40, 41] for each in items})
     done = []
@@ -188,13 +188,14 @@ def test_a_single_part_is_greedy_generation(model, tokenizer):
 
 
 def test_generated_text_is_greedy_and_ends_at_the_end_token(model, tokenizer, monkeypatch):
-    items = [item(20, (15, 17), seed=seed, room=12, references=("\n",)) for seed in range(4)]
+    items = [item(20, (15, 17), seed=seed, room=12, references=("\n", "\t")) for seed in range(4)]
     whole = [greedy(model, each.prompt, 12) for each in items]
     end = next(t for t in whole[0][3:8] if sum(t in row for row in whole) < 4)
     assert any(end in row[:-1] for row in whole)
     expected = [tokenizer.decode(row) for row in whole]
     assert [each.text for each in score(model, tokenizer, items, batch=4)] == expected
-    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
+    for name, value in {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 9}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [end, 1])
     ended = [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in whole]
     assert ended != expected
@@ -202,8 +203,14 @@ def test_generated_text_is_greedy_and_ends_at_the_end_token(model, tokenizer, mo
         assert [each.text for each in score(model, tokenizer, items, batch=batch)] == ended
 
 
+def test_a_single_reference_is_scored_without_generating(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(model), "generate", None)
+    one = item(20, (15, 17), room=2, references=("fox",))
+    close(score(model, tokenizer, [one]), [plain(model, one)])
+
+
 def test_references_are_shares(model, tokenizer):
-    plain_item = item(20, (15, 17), room=12, references=("\x00",))
+    plain_item = item(20, (15, 17), room=12, references=("\x00", "\x01"))
     text = score(model, tokenizer, [plain_item])[0].text
     references = (text[:4].swapcase(), text[-4:], "not in it", "nor this")
     (got,) = score(model, tokenizer, [dataclasses.replace(plain_item, references=references)])

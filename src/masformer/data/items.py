@@ -14,7 +14,7 @@ class Item:
     ids: prompt and answers as the model sees them when the answers are given (teacher forcing).
     parts: where the answers stand: ids[start:end] of each, in order; the prompt ends where the first begins.
     room: tokens kept for the answer: the prompt and these are exactly as long as was asked for.
-    references: texts that an answer in words must hold, in any order; empty where the parts alone are scored.
+    references: texts that an answer in words must hold, in any order; empty where the parts are no words.
     depth: where the fact that is asked for stands in the filler, 0 at its start, 1 at its end; None without one place.
     """
 

@@ -49,8 +49,11 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Path, facts: dict[str, Any]) -> Iterator[Self]:
+    def open(cls, folder: Path, facts: dict[str, Any], *, compared: bool = False) -> Iterator[Self]:
         """Begin a run, or go on with the one that is there; no other process can until the block ends.
+
+        Args:
+            compared: whether models are measured against the first one, which must then be the run's first, too.
 
         Raises:
             InputError: a folder with something else in it, with other settings or versions, or with another model of
@@ -59,13 +62,15 @@ class Run:
         """
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / FACTS).exists() and {file.name for file in folder.iterdir()} - {PART, RECORDS}:
+            found = {file.name for file in folder.iterdir() if file.name != RECORDS or file.stat().st_size}
+            if FACTS not in found and found - {PART}:
                 raise InputError(f"{folder} is not empty and holds no evaluation: name a new folder")
             handle = locked(folder / RECORDS)
         with os.fdopen(handle, "rb"):
             with disk_errors(folder):
-                _write(folder, _joined(folder, json.loads(json.dumps({"format": FORMAT, **facts}))))
+                joined = _joined(folder, json.loads(json.dumps({"format": FORMAT, **facts})), compared)
                 run = cls(folder, _mend(folder / RECORDS))
+                _write(folder, joined)
             yield run
 
     def add(self, records: list[Record]) -> None:
@@ -125,15 +130,21 @@ def _mend(file: Path) -> list[Record]:
     return records
 
 
-def _joined(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _joined(folder: Path, facts: dict[str, Any], compared: bool) -> dict[str, Any]:
     """The facts of this call and of those before it."""
     if not (folder / FACTS).exists():
         return facts
     before, _ = read_run(folder)
     for name in SAME:
-        if before[name] != facts[name]:
-            what = difference(before[name], facts[name], name) or name
+        old, new = before[name], facts[name]
+        if isinstance(old, dict):  # what only one of the two calls used cannot differ
+            new = old | new
+            old = new | old
+        if what := difference(old, new, name):
             raise InputError(f"{folder} holds another evaluation ({what}): name a new folder")
+    first = next(iter(before["models"]))
+    if compared and next(iter(facts["models"])) != first:
+        raise InputError(f"{folder} compares models with {first}: name it first here too, or name a new folder")
     models = dict(before["models"])
     for label, model in facts["models"].items():
         known = models.get(label, model)
@@ -142,10 +153,14 @@ def _joined(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
                 raise InputError(f"{folder} holds another model of this name ({what}): name a new folder")
         models[label] = {**known, **model, "cost": known["cost"] | model["cost"]}
     commands = before["commands"] + [c for c in facts["commands"] if c not in before["commands"]]
-    return {**facts, "models": models, "commands": commands}
+    merged = {name: before[name] | facts[name] for name in ("versions", "settings")}
+    return {**facts, **merged, "models": models, "commands": commands}
 
 
 def _write(folder: Path, facts: dict[str, Any]) -> None:
     part = folder / PART
-    part.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
     part.replace(folder / FACTS)

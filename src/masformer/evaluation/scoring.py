@@ -2,7 +2,7 @@
 
     for result in score(model, tokenizer, items, batch=4): result.score, result.rank
 
-Items of equal length run together, without padding, so neither batches nor the order change a score.
+Items of equal length run together, without padding: neither batches nor the order change a score beyond rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..data.items import Item
 from ..errors import InputError
@@ -25,19 +25,19 @@ from ..models.selfcheck import evaluating
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Score:
-    """What one item gave. All but `score` of an item with references, and `text`, are with the answers given
+    """What one item gave. All but `score` of an item with several references, and `text`, are with the answers given
     (teacher forcing): every answer token is predicted after the right ones before it.
 
     task, depth: those of the item.
-    score: 0 to 1. For an item without references, the share of its parts of which every token was the most probable
-        one; with a single part that is whether greedy generation gives the answer, token for token. For an item with
-        references, the share of them that the generated text holds, upper and lower case alike (`string_match_all`
-        of RULER, arXiv 2404.06654).
+    score: 0 to 1. For an item with several references, the share of them that the generated text holds, upper and
+        lower case alike (`string_match_all` of RULER, arXiv 2404.06654). For any other, the share of its parts of
+        which every token was the most probable one; with a single part that is whether greedy generation gives the
+        answer, token for token.
     log_probability: nats of the tokens of all parts together.
     rank: the mean over these tokens of the place of each in the order of the logits, 1 the best; tokens with the
         same logit share the middle of their places.
     right: for each part, whether every token was the most probable one.
-    text: what was generated; None for an item without references.
+    text: what was generated; None for an item without several references.
     """
 
     task: str
@@ -79,7 +79,7 @@ def score(
         for numbers in _batches([len(item.ids) for item in items], batch):
             found |= zip(numbers, _forced(model, head, [items[number] for number in numbers]), strict=True)
             _tell(progress, sum(len(items[number].ids) for number in numbers))
-        for numbers in _batches([(len(i.prompt), i.room) if i.references else None for i in items], batch):
+        for numbers in _batches([(len(i.prompt), i.room) if _in_words(i) else None for i in items], batch):
             prompts = torch.tensor([items[number].prompt for number in numbers])
             texts |= zip(numbers, continued(model, tokenizer, prompts, items[numbers[0]].room), strict=True)
             _tell(progress, sum(items[number].length for number in numbers))
@@ -88,33 +88,42 @@ def score(
 
 def work(items: Sequence[Item]) -> int:
     """How many tokens `score` runs the model on: answers given, and prompts and rooms where text is generated."""
-    return sum(len(item.ids) + (item.length if item.references else 0) for item in items)
+    return sum(len(item.ids) + (item.length if _in_words(item) else 0) for item in items)
 
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, tokenizer: Any, prompts: Tensor, new_tokens: int, beams: int = 1) -> list[str]:
     """What the model says after prompts `[batch, tokens]` without padding: at most `new_tokens` tokens, up to the
-    model's end token, as text without special tokens. Greedy, or a beam search with more than one beam; never with
-    the penalty on repetition that a model may come with.
+    model's end token, as text without special tokens. Greedy, or a beam search with more than one beam, without any of
+    the penalties and bans that a model's own generation config may bring.
     """
     config: Any = model.generation_config
     end = config.eos_token_id if config is not None else None
     ends = [] if end is None else list(end) if isinstance(end, list | tuple) else [end]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     prompts = prompts.to(model.device)
-    out: Any = model.generate(  # type: ignore[operator]
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=new_tokens,
-        num_beams=beams,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-    )
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends or None)  # else what is unset here is the model's own
+    try:
+        out: Any = model.generate(  # type: ignore[operator]
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            num_beams=beams,
+            do_sample=False,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        )
+    finally:
+        model.generation_config = before
     rows = out.sequences[:, prompts.shape[1] :].tolist()
     cut = [next((row[:at] for at, token in enumerate(row) if token in ends), row) for row in rows]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in cut]
+
+
+def _in_words(item: Item) -> bool:
+    """Whether several answers are asked for, which may come in any order: only generated text can be scored then."""
+    return len(item.references) > 1
 
 
 def _check(model: PreTrainedModel, item: Item) -> None:

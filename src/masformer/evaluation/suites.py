@@ -21,18 +21,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..data.corpus import fingerprint
 from ..data.documents import Document
 from ..data.filler import Filler
-from ..data.generators import TASKS, make_items
+from ..data.generators import DEPTHS, TASKS, make_items
 from ..errors import InputError
+from ..files import digest
 from ..models.positions import check_positions
 from ..spans import SpanPlan
 from .fidelity import fidelity
 from .loss import bucketed, default_edges, repeat_distances, sliding_losses, token_losses
 from .results import Key, Record, Run
 from .scoring import score, work
-from .summary import Pair, lead, rouge, summarise
+from .summary import Pair, check_room, lead, rouge, summarise
 from .texts import cut_documents
 
-NEEDLES = ("passkey", "niah_multikey")
+USUAL = ("passkey", "niah_multikey")
 """The tasks of the suite `recall` where none are named."""
 
 
@@ -52,8 +53,8 @@ class Settings:
     suites: tuple[str, ...] = ("loss", "recall")
     lengths: tuple[int, ...] = ()
     items: int = 10
-    tasks: tuple[str, ...] = NEEDLES
-    depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    tasks: tuple[str, ...] = USUAL
+    depths: tuple[float, ...] = DEPTHS
     harness: tuple[str, ...] = ()
     limit: int | None = None
     include: Path | None = None
@@ -80,7 +81,7 @@ class Settings:
 
     def of_items(self) -> dict[str, Any]:
         """What decides the numbers of an item, beside its place: a run must agree in it."""
-        return {name: getattr(self, name) for name in ("depths", "stride", "new_tokens", "beams", "batch", "seed")}
+        return {name: getattr(self, name) for name in ("depths", "stride", "new_tokens", "beams", "seed")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,22 +151,38 @@ def prepare(
         raise InputError(f"two models are called {twice}: write NAME=MODEL to give them names of their own")
     if "fidelity" in settings.suites:
         _refuse_incomparable(subjects)
+    marks = [mark(subject.tokenizer) for subject in subjects]
+    if "loss" in settings.suites and len(set(marks)) > 1:
+        say("models of different tokenizers read different tokens: compare their bits per byte")
+    made: dict[tuple[str, str], list[Entry]] = {}
     work = []
-    for subject in subjects:
+    for subject, tokenizer in zip(subjects, marks, strict=True):
         suites = [suite for suite in settings.suites if suite != "fidelity" or subject is not subjects[0]]
-        work.append([e for suite in suites for e in SUITES[suite][0](subject, settings, data, say)])
+        check_positions(subject.config, max(settings.lengths, default=1))
+        for suite in suites:
+            if (suite, tokenizer) not in made:
+                made[suite, tokenizer] = SUITES[suite][0](subject, settings, data, say)
+        work.append([entry for suite in suites for entry in made[suite, tokenizer]])
     return work
+
+
+def mark(tokenizer: Any) -> str:
+    """The same for two tokenizers that encode alike; of a slow one its vocabulary alone is compared."""
+    return fingerprint(tokenizer) if tokenizer.is_fast else digest(sorted(tokenizer.get_vocab().items()))
 
 
 def _refuse_incomparable(subjects: Sequence[Subject]) -> None:
     if len(subjects) < 2:
         raise InputError("fidelity compares models with the first one: give the parent and a conversion of it")
-    marks = [fingerprint(subject.tokenizer) for subject in subjects]
-    for subject, mark in zip(subjects, marks, strict=True):
-        if mark != marks[0]:
+    first = subjects[0]
+    for subject in subjects:
+        if mark(subject.tokenizer) != mark(first.tokenizer):
             raise InputError(
-                f"fidelity compares models of one tokenizer: {subject.label} has another than {subjects[0].label}"
+                f"fidelity compares models of one tokenizer: {subject.label} has another than {first.label}"
             )
+        sizes = [each.config.get_text_config().vocab_size for each in (subject, first)]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"{subject.label} has {sizes[0]:,} logits, {first.label} {sizes[1]:,}: no fidelity")
 
 
 def evaluate(
@@ -209,11 +226,11 @@ def _place(entry: Entry) -> Record:
 def _document_entries(suite: str, subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
     """The same documents, cut to the longest length or whole, for the suites that read documents."""
     longest = max(settings.lengths)
-    check_positions(subject.config, longest)
     length = None if suite == "loss" and settings.stride is not None else longest
     cut = cut_documents(subject.tokenizer, data.documents, length=length, items=settings.items)
     if cut.short:
-        say(f"{subject.label}: {cut.short} documents of less than {longest:,} tokens passed over ({suite})")
+        least = "two" if length is None else f"{length:,}"
+        say(f"{subject.label}: {cut.short} documents of less than {least} tokens passed over ({suite})")
     if len(cut.ids) < settings.items:
         say(f"{subject.label}: {len(cut.ids)} documents instead of {settings.items} ({suite})")
     sizes = cut.sizes or [None] * len(cut.ids)
@@ -256,7 +273,6 @@ def _recall_entries(subject: Subject, settings: Settings, data: Data, say: Say) 
     filler = Filler.of(subject.tokenizer, [document.text for document in data.documents] or None)
     entries = []
     for length in settings.lengths:
-        check_positions(subject.config, length)
         for task in settings.tasks:
             items = make_items(
                 task,
@@ -293,7 +309,7 @@ def _measure_recall(loaded: Loaded, entries: list[Entry], settings: Settings) ->
 def _summary_entries(subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
     if not data.pairs:
         raise InputError('the suite summary needs documents with a "summary" beside their "text"')
-    check_positions(subject.config, max(settings.lengths))
+    check_room(subject.tokenizer, min(settings.lengths), settings.new_tokens)
     if len(data.pairs) < settings.items:
         say(f"{subject.label}: {len(data.pairs)} documents instead of {settings.items} (summary)")
     return [
@@ -317,6 +333,8 @@ def _harness_entries(subject: Subject, settings: Settings, data: Data, say: Say)
     from .harness import check_tasks  # an extra
 
     check_tasks(settings.harness, settings.include)
+    if subject.tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {subject.label} has no end token, which lm-eval needs")
     return [Entry("lm-eval", task, 0, settings.limit or 0, 0, None) for task in settings.harness]
 
 

@@ -73,6 +73,12 @@ def summarise(
     return Summary(made.strip(), len(ids), cut)
 
 
+def check_room(tokenizer: Any, length: int, new_tokens: int) -> None:
+    """Refuse what `summarise` could not do with any document: no room for one, or no package to score it with."""
+    _prompt(tokenizer, "a", length - new_tokens)
+    _scorer()
+
+
 def _prompt(tokenizer: Any, text: str, most: int) -> tuple[list[int], bool]:
     """At most so many token ids, and whether the document was cut for that."""
     if not text.strip():

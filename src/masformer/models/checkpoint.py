@@ -201,10 +201,15 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
 
 
 def weights_digest(source: str, config: PreTrainedConfig) -> str | None:
-    """What tells the weights of a model from others of its shape: their SHA-256, or the commit of a hub id."""
+    """What tells the weights of a model from others of its shape: their SHA-256, or the commit of a hub id.
+
+    With those of an adapter go those that it stands upon.
+    """
     path = Path(source)
     files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    return digest([sha256(file) for file in files]) if files else getattr(config, "_commit_hash", None)
+    own = digest([sha256(file) for file in files]) if files else getattr(config, "_commit_hash", None)
+    adapter = _adapter(source)
+    return own if adapter is None else digest([own, weights_digest(adapter["model"], config)])
 
 
 def save_adapter(model: Any, folder: Path, about: dict[str, Any], state_dict: dict[str, Any] | None = None) -> None:
