@@ -291,7 +291,7 @@ def _show(folder: Path, out: Path | None, json: bool) -> None:
     from .report.runs import harness_rows, read_results
 
     results = read_results([folder])
-    made = {
+    made: dict[str, list[Any]] = {
         "models": tables.overview(results),
         "loss": tables.loss(results),
         "recall": tables.recall(results, by=("task", "length")),
@@ -304,12 +304,12 @@ def _show(folder: Path, out: Path | None, json: bool) -> None:
         ],
     }
     if json:
-        rows = {
+        facts = {
             name: [row if isinstance(row, dict) else dataclasses.asdict(row) for row in found]
             for name, found in made.items()
             if found
         }
-        print_json({"out": str(out) if out else None, **rows})
+        print_json({"out": str(out) if out else None, **facts})
         return
     for title, header, rows in _printed(made):
         table = Table(*header, title=title, title_justify="left")

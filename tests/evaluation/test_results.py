@@ -160,14 +160,14 @@ def test_facts_that_cannot_be_read_are_refused(tmp_path):
             read_run(tmp_path)
 
 
-ITEMS = 60
+ITEMS = 400
 
 
 def _go_on(folder):
     with Run.open(folder, FACTS) as run:
         for item in range(ITEMS):
             if key_of(record(item)) not in run.done:
-                run.add([record(item, text="x" * 5000)])
+                run.add([record(item, text="x" * 500)])
                 time.sleep(0.001)
 
 
@@ -188,5 +188,5 @@ def test_killed_at_any_moment_no_item_is_lost_or_repeated(tmp_path):
     assert process.exitcode == 0
     assert kills >= 3
     _, records = read_run(tmp_path)
-    assert records == [record(item, text="x" * 5000) for item in range(ITEMS)]
+    assert records == [record(item, text="x" * 500) for item in range(ITEMS)]
     assert json.loads((tmp_path / "run.json").read_text())["commands"] == FACTS["commands"]

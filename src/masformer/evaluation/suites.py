@@ -233,7 +233,7 @@ def _document_entries(suite: str, subject: Subject, settings: Settings, data: Da
         say(f"{subject.label}: {cut.short} documents of less than {least} tokens passed over ({suite})")
     if len(cut.ids) < settings.items:
         say(f"{subject.label}: {len(cut.ids)} documents instead of {settings.items} ({suite})")
-    sizes = cut.sizes or [None] * len(cut.ids)
+    sizes: Sequence[int | None] = cut.sizes or [None] * len(cut.ids)
     return [
         Entry(suite, None, longest, n, len(ids), (ids, size, name))
         for n, (ids, size, name) in enumerate(zip(cut.ids, sizes, cut.names, strict=True))
