@@ -24,7 +24,7 @@ from masformer.training.run import train
 from .helpers import Launcher
 from .made import make, recipe
 
-KILLS, INSIDE, STEPS = 50, 14, 100
+KILLS, INSIDE, STEPS = 50, 14, 250
 TIMES = ("tokens_per_second", "mfu", "peak_memory", "seconds_left")
 BITS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
