@@ -367,7 +367,13 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         yield "Fidelity to the first model", ["model", "tokens", "KL (nats)", "same first token"], rows
     if made["lm-eval"]:
         rows = [
-            [row["model"], row["task"], row["metric"], f"{row['value']:.4f}", f"{row['items']}"]
+            [
+                row["model"],
+                row["task"],
+                row["metric"],
+                "-" if row["value"] is None else f"{row['value']:.4f}",
+                f"{row['items']}",
+            ]
             for row in made["lm-eval"]
         ]
         yield "lm-eval", ["model", "task", "metric", "value", "items"], rows

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 
+from masformer.evaluation.results import Run
 from masformer.spans import GPT_NEO_1_3B, SpanPlan, cost
 
 LENGTHS = (1024, 4096)
@@ -16,7 +17,11 @@ WORSE = {"parent": 0.0, "chosen": 0.05, "all local": 0.4}
 EDGES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
+SETTINGS = {"depths": [0.1, 0.3, 0.5, 0.7, 0.9], "stride": None, "new_tokens": 96, "beams": 1, "seed": 0, "data": "d"}
+
+
 def facts(plans=PLANS, lengths=LENGTHS, **changes):
+    """What `masformer.cli_eval` gives to `Run.open`."""
     models = {}
     for label, text in plans.items():
         plan = SpanPlan.parse(text)
@@ -25,30 +30,35 @@ def facts(plans=PLANS, lengths=LENGTHS, **changes):
             "model": f"models/{label}",
             "plan": text,
             "layers": len(plan),
+            "dtype": "float32",
             "identity": label,
             "cost": costs,
         }
     return {
-        "format": 1,
-        "commands": ["masformer eval models/parent models/chosen --data speeches.jsonl --out runs/eval"],
         "versions": {"masformer": "0.1.0", "torch": "2.10.0", "transformers": "5.23.0", "python": "3.11.9"},
         "device": "cpu",
-        "dtype": "float32",
-        "settings": {"data": "speeches.jsonl", "data_digest": "d", "seed": 0, "lengths": list(lengths)},
+        "data": "speeches.jsonl",
+        "settings": SETTINGS,
         "models": models,
+        "commands": ["masformer eval models/parent models/chosen --data speeches.jsonl --out runs/eval"],
     } | changes
+
+
+def _place(model, suite, task, length, item):
+    return {"model": model, "suite": suite, "task": task, "length": length, "item": item}
 
 
 def loss(model, item, nats, tokens=100, length=4096, **more):
     """A record of the suite `loss`; `nats` is the sum."""
-    place = {"model": model, "suite": "loss", "length": length, "item": item, "document": f"document {item}"}
+    place = _place(model, "loss", None, length, item)
+    place["document"] = f"document {item}"
     return {**place, "tokens": tokens, "bytes": 4 * tokens, "nats": nats, "buckets": [], "repeats": [], **more}
 
 
 def recall(model, item, score, task="passkey", length=1024, depth=0.5, **more):
-    place = {"model": model, "suite": "recall", "task": task, "length": length, "item": item, "depth": depth}
     return {
-        **place,
+        **_place(model, "recall", task, length, item),
+        "depth": depth,
         "score": score,
         "log_probability": -1.5 * (2 - score),
         "rank": 3.0 - 2 * score,
@@ -57,10 +67,16 @@ def recall(model, item, score, task="passkey", length=1024, depth=0.5, **more):
     }
 
 
+def harness(model, *rows, task="piqa", limit=0):
+    """A record of the suite `lm-eval`; `rows` are (metric, value, stderr, items), or of a group (task, metric, ...)."""
+    names = ("task", "metric", "value", "stderr", "items")
+    metrics = [dict(zip(names, row if len(row) == len(names) else (task, *row), strict=True)) for row in rows]
+    return {**_place(model, "lm-eval", task, 0, limit), "metrics": metrics}
+
+
 def write_eval(folder, records, **changes):
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(facts(**changes)), "utf-8")
-    (folder / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    with Run.open(folder, facts(**changes)) as run:
+        run.add(list(records))
     return folder
 
 
@@ -89,12 +105,13 @@ def everything(models=tuple(PLANS), documents=6, seed=0):
         worse = WORSE.get(model, 0.2)
         for item in range(documents):
             records.append(_document(model, item, worse, rng.uniform(-0.3, 0.3), rng.uniform(0.8, 1.2)))
-            records.append(_fidelity(model, item, worse * rng.uniform(0.8, 1.2)))
+            noise = rng.uniform(0.8, 1.2)
+            if model != next(iter(PLANS)):
+                records.append(_fidelity(model, item, worse * noise))
             records += [_summary(model, item, length, worse, rng.uniform(0, 0.1)) for length in LENGTHS]
         records += _recalls(model, worse, rng)
-        metrics = [{"metric": "acc", "value": 0.5 - worse / 5, "stderr": 0.01}]
-        place = {"model": model, "suite": "lm-eval", "task": "piqa", "length": 0, "item": 0}
-        records.append({**place, "of": 1838, "metrics": metrics})
+        rows = [(name, 0.5 - worse / 5, 0.01, 1838) for name in ("acc", "acc_norm")]
+        records.append(harness(model, *rows))
     return records
 
 
@@ -110,16 +127,17 @@ def _document(model, item, worse, level, noise):
 
 def _fidelity(model, item, kl):
     buckets = [[a, b, b - a, (b - a) * kl * (a >= 256), (b - a) * (1 - kl / 2)] for a, b in itertools.pairwise(EDGES)]
-    place = {"model": model, "suite": "fidelity", "length": 4096, "item": item, "document": f"document {item}"}
+    place = {**_place(model, "fidelity", None, 4096, item), "document": f"document {item}"}
     tokens, nats, agree = (sum(bucket[column] for bucket in buckets) for column in (2, 3, 4))
     return {**place, "tokens": tokens, "kl": nats, "agree": agree, "buckets": buckets}
 
 
 def _summary(model, item, length, worse, noise):
-    place = {"model": model, "suite": "summary", "length": length, "item": item, "document": f"report {item}"}
+    place = {**_place(model, "summary", None, length, item), "document": f"report {item}"}
     scores = {name: top - worse / 4 + noise for name, top in (("rouge1", 0.4), ("rouge2", 0.2), ("rougeL", 0.3))}
     lead = {"rouge1": 0.25, "rouge2": 0.1, "rougeL": 0.2}
-    return {**place, **scores, "lead": lead, "cut": item > 2, "text": f"A summary by {model}."}
+    text = f"A summary by {model}."
+    return {**place, **scores, "lead": lead, "prompt_tokens": length, "cut": item > 2, "text": text}
 
 
 def _recalls(model, worse, rng):

@@ -6,7 +6,7 @@ import pytest
 from masformer.errors import CorruptError, InputError
 from masformer.report.runs import caveats, counts, disagreements, read_results
 
-from .made import facts, loss, recall, write_eval, write_train
+from .made import SETTINGS, everything, facts, harness, loss, recall, write_eval, write_train
 
 TWO = [loss("parent", 0, 200.0), loss("chosen", 0, 210.0)]
 PAIR = {"parent": "full*24", "chosen": "full*2,window:252*22"}
@@ -36,7 +36,7 @@ def test_labels_of_two_runs_are_told_apart_only_where_they_must(tmp_path):
 
 
 def test_a_run_on_other_data_has_its_own_reference(tmp_path):
-    other = {"data": "others.jsonl", "data_digest": "e", "seed": 1}
+    other = {**SETTINGS, "data": "e", "seed": 1}
     first, second = write_eval(tmp_path / "a", TWO), write_eval(tmp_path / "b", TWO, settings=other)
     results = read_results([first, second])
     assert results.models["chosen (b)"].reference == "parent (b)"
@@ -110,7 +110,12 @@ def test_a_torn_last_line_is_left_out(tmp_path):
         json.dumps(loss("parent", 1, 1.0, buckets=[[1, 2, 3]])),
         json.dumps(recall("parent", 1, 1.5)),
         json.dumps(recall("parent", 1, 0.5, depth="deep")),
-        json.dumps({"model": "parent", "suite": "lm-eval", "task": "t", "metrics": [{"metric": "acc", "value": None}]}),
+        json.dumps(loss("parent", 1, 1.0, bytes="many")),
+        json.dumps(harness("parent", ("acc", "many", None, 10))),
+        json.dumps(harness("parent", ("acc", 0.5, None, None))),
+        json.dumps({**harness("parent"), "metrics": [{"task": "piqa", "metric": "acc", "items": 1}]}),
+        json.dumps({**harness("parent"), "metrics": {}}),
+        json.dumps({**harness("parent"), "metrics": None, "metric": "acc", "value": 0.5, "items": 10}),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line):
@@ -158,4 +163,36 @@ def test_counts_and_caveats(tmp_path):
         "Items behind each number of recall by length and depth: 1 to 3.",
         "chosen lacks 1 of 2 items of loss that others have.",
         "chosen lacks 2 of 3 items of recall that others have.",
+    ]
+
+
+def test_lm_eval_items_count_once_whatever_the_metrics_and_limits(tmp_path):
+    piqa = [harness("parent", ("acc", 0.5, 0.1, n), ("acc_norm", 0.5, 0.1, n), limit=n) for n in (20, 40)]
+    own = [("mmlu_a", "acc", 0.5, None, 7), ("mmlu_b", "acc", 0.5, None, 5), ("mmlu", "acc", 0.5, None, 12)]
+    group, tag = harness("parent", *own, task="mmlu"), harness("parent", *own[:2], task="tag")
+    results = read_results([write_eval(tmp_path / "a", [*piqa, group, tag, harness("chosen", ("acc", None, None, 9))])])
+    assert counts(results) == {("lm-eval", "parent"): 40 + 12 + 12, ("lm-eval", "chosen"): 9}
+
+
+def test_a_whole_run_has_all_its_items_and_the_reference_lacks_no_fidelity(tmp_path):
+    results = read_results([write_eval(tmp_path / "eval", everything(documents=2))])
+    found = counts(results)
+    assert [found.get((suite, "parent")) for suite in results.records] == [2, 4, 40, 1838, None]
+    assert [found.get((suite, "chosen")) for suite in results.records] == [2, 4, 40, 1838, 2]
+    assert not [words for words in caveats(results) if "lacks" in words]
+
+
+def test_a_model_without_fidelity_to_the_first_lacks_it(tmp_path):
+    records = [r for r in everything(documents=2) if (r["model"], r["suite"]) != ("all local", "fidelity")]
+    words = caveats(read_results([write_eval(tmp_path / "eval", records)]))
+    assert [line for line in words if "lacks" in line] == ["all local lacks 2 of 2 items of fidelity that others have."]
+
+
+def test_models_of_other_dtypes_are_named(tmp_path):
+    models = facts(PAIR)["models"]
+    models["chosen"]["dtype"] = "bfloat16"
+    results = read_results([write_eval(tmp_path / "eval", TWO, models=models)])
+    assert results.models["chosen"].dtype == "bfloat16"
+    assert disagreements(results) == [
+        "The models differ in dtype, and so in the bytes of their KV cache: float32 of parent; bfloat16 of chosen."
     ]

@@ -4,11 +4,11 @@ import re
 import pytest
 
 from masformer.errors import InputError
-from masformer.report.runs import read_results
+from masformer.report.runs import counts, read_results
 from masformer.report.sections import conclusions, sections, title, write_report
 from masformer.report.tables import Estimate, Overview
 
-from .made import everything, facts, loss, recall, write_eval, write_train
+from .made import SETTINGS, everything, facts, harness, loss, recall, write_eval, write_train
 from .test_page import Page
 
 pytest.importorskip("jinja2")
@@ -120,7 +120,7 @@ def test_the_first_table_says_it_all(tmp_path):
 
 def row(model, nats, change, **more):
     known = dict.fromkeys(("loss_length", "recall", "cost_length", "kv_bytes", "attention_flops"))
-    plan = {"plan": "1 full", "full_layers": (0,), "layers": 1, "recall_items": 0}
+    plan = {"plan": "1 full", "full_layers": (0,), "layers": 1, "recall_items": 0, "reference_recall": None}
     return Overview(model=model, reference="parent", nats=Estimate(nats), difference=change, **plan, **(known | more))
 
 
@@ -134,20 +134,78 @@ def test_words_say_what_is_sure():
     ]
 
 
-def test_lm_eval_is_read_flat_and_as_a_list(tmp_path):
-    place = {"model": "parent", "suite": "lm-eval", "task": "piqa", "length": 0}
-    flat = {**place, "item": 0, "metric": "acc", "value": 0.5, "stderr": None, "items": 100}
-    nested = {**place, "item": 1, "of": 1000, "metrics": [{"metric": "acc_norm", "value": 0.25, "stderr": 0.1}]}
-    rows = cells(made(tmp_path, flat, nested)[1]["lm-eval"], "Tasks")
-    assert [list(row.values())[2:] for row in rows] == [
-        ["acc", "0.5000", "\u2013", "100"],
-        ["acc_norm", "0.2500", "0.1000", "1,000"],
+def test_recall_on_no_shared_item_is_not_compared(tmp_path):
+    models = facts({"parent": "full*24", "chosen": "full*24"})["models"]
+    results, found = made(tmp_path, recall("parent", 0, 1.0), recall("chosen", 1, 0.0), models=models)
+    gained = found["What was gained and lost"]
+    assert gained.paragraphs == []
+    assert [row["recall items"] for row in cells(gained, "Every model")] == ["1", "\u2013"]
+    assert "Quality against cost" not in found
+    assert counts(results)["recall", "chosen"] == 1
+
+
+def test_recall_is_compared_on_the_shared_items(tmp_path):
+    models = facts({"parent": "full*24", "chosen": "full*24"})["models"]
+    parent, chosen = (
+        [recall(name, n, score) for n, score in enumerate(s)] for name, s in (("parent", (1, 0)), ("chosen", (0,)))
+    )
+    gained = made(tmp_path, *parent, *chosen, models=models)[1]["What was gained and lost"]
+    assert gained.paragraphs == ["chosen against parent: it finds 0.0 % of the recall items, parent 100.0 %."]
+    assert [(row["recall"], row["recall items"]) for row in cells(gained, "Every model")] == [
+        ("50.0 %", "2"),
+        ("0.0 %", "1"),
     ]
+
+
+def test_lm_eval_shows_every_metric_with_its_items_and_a_dash_for_none(tmp_path):
+    two = [harness("parent", ("acc", 0.5, 0.1, n), limit=n) for n in (20, 40)]
+    group = harness("parent", ("mmlu_a", "acc", None, None, 7), ("mmlu", "acc_norm", 0.25, None, 1200), task="mmlu")
+    rows = cells(made(tmp_path, *two, group)[1]["lm-eval"], "Tasks")
+    assert [list(row.values())[1:] for row in rows] == [
+        ["piqa", "acc", "0.5000", "0.1000", "20"],
+        ["piqa", "acc", "0.5000", "0.1000", "40"],
+        ["mmlu_a", "acc", "\u2013", "\u2013", "7"],
+        ["mmlu", "acc_norm", "0.2500", "\u2013", "1,200"],
+    ]
+
+
+def captions(section):
+    return [figure.caption for figure in section.figures]
+
+
+def test_captions_say_how_documents_were_read(tmp_path):
+    records = [r for r in everything(documents=2) if r["suite"] in ("loss", "fidelity")]
+    for stride, words in (
+        (None, "documents of 4,096 tokens"),
+        (512, "whole documents in windows of 4,096 tokens, 512 apart"),
+    ):
+        found = made(tmp_path / str(stride), *records, settings={**SETTINGS, "stride": stride})[1]
+        for heading in ("Loss by position", "Loss by repeat distance"):
+            assert f", {words}" in captions(found[heading])[0]
+        assert captions(found["Fidelity by position"]) == ["Mean KL by position, documents of 4,096 tokens"]
+        assert f"Loss of {words}," in found["What was gained and lost"].tables[0].caption
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_intervals_are_promised_only_where_there_are_some(tmp_path, documents):
+    found = made(tmp_path, *everything(documents=documents))[1]
+    loss, summaries = found["Loss by position"], found["Summaries by input length"]
+    promises = [*captions(summaries), captions(loss)[1]]
+    some = "with 95 % intervals over documents" if documents > 1 else "without intervals, for one document gives none"
+    assert [some in words for words in promises] == [True] * 3
+    assert ("so no interval is given" in loss.paragraphs[0]) == (documents == 1)
+
+
+def test_the_dtype_of_every_model_is_shown(tmp_path):
+    models = facts({"parent": "full*24", "chosen": "full*24"})["models"]
+    models["chosen"]["dtype"] = "bfloat16"
+    how = made(tmp_path, loss("parent", 0, 1.0), models=models)[1]["How this was made"]
+    assert [row["dtype"] for row in cells(how, "What was evaluated")] == ["float32", "bfloat16"]
 
 
 def test_the_commands_and_settings_are_shown(tmp_path):
     how = made(tmp_path, loss("parent", 0, 1.0))[1]["How this was made"]
-    assert how.paragraphs == ["eval: masformer 0.1.0, torch 2.10.0, transformers 5.23.0, python 3.11.9; cpu, float32."]
+    assert how.paragraphs == ["eval: masformer 0.1.0, torch 2.10.0, transformers 5.23.0, python 3.11.9; cpu."]
     assert how.verbatim[0] == facts()["commands"][0]
     assert json.loads(how.verbatim[1].removeprefix("eval: ")) == facts()["settings"]
 

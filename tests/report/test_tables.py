@@ -6,7 +6,7 @@ from masformer.report import tables
 from masformer.report.runs import read_results
 from masformer.spans import SpanPlan
 
-from .made import LENGTHS, everything, facts, loss, recall, write_eval
+from .made import LENGTHS, SETTINGS, everything, facts, loss, recall, write_eval
 
 
 @pytest.fixture
@@ -46,6 +46,32 @@ def test_documents_with_other_tokens_are_not_compared(read):
         tables.loss(read(loss("parent", 0, 200.0, tokens=100), loss("chosen", 0, 200.0, tokens=90)))[1].difference
         is None
     )
+
+
+@pytest.mark.parametrize("one", [{"bytes": 391}, {"bytes": None}, {"tokens": 99}, {"document": "another"}])
+def test_another_text_of_as_many_tokens_is_not_compared(read, one):
+    other = {"buckets": [[1, 4, 3, 9.0]], "repeats": [[0, 0, 3, 9.0]]}
+    results = read(loss("parent", 0, 200.0, **other), loss("chosen", 0, 200.0, **other, **one))
+    for rows in (tables.loss, tables.loss_by_position, tables.loss_by_repeat):
+        assert [row.difference for row in rows(results)] == [None, None]
+
+
+def test_documents_are_paired_by_name_and_occurrence_not_by_item(read):
+    names = ("a", "b", "b", "c")
+    parent = [loss("parent", n, 100.0 * (n + 1), document=name) for n, name in enumerate(names)]
+    chosen = [loss("chosen", n, 100.0 * (n + 2) + 10, document=name) for n, name in enumerate(names[1:])]
+    row = tables.loss(read(*parent, *reversed(chosen)))[1]
+    assert (row.documents, row.tokens) == (3, 300)
+    assert row.difference == tables.Estimate(*(pytest.approx(0.1) for _ in range(3)))
+
+
+def test_documents_read_in_other_windows_are_not_compared(tmp_path):
+    runs = [write_eval(tmp_path / "a", [loss("parent", 0, 200.0)], models=facts({"parent": "full*24"})["models"])]
+    for name, stride in (("b", 512), ("c", None)):
+        models = facts({name: "full*24"})["models"]
+        settings = {**SETTINGS, "stride": stride}
+        runs.append(write_eval(tmp_path / name, [loss(name, 0, 210.0)], models=models, settings=settings))
+    assert [row.difference is None for row in tables.loss(read_results(runs))] == [True, True, False]
 
 
 def test_without_bytes_there_are_no_bits_per_byte_and_huge_losses_have_no_perplexity(read):
@@ -109,12 +135,12 @@ def test_summaries_and_fidelity(read):
     ]
     assert rows[0].lead == {"rouge1": 0.25, "rouge2": 0.1, "rougeL": 0.2}
     assert rows[0].scores["rouge1"].low < rows[0].scores["rouge1"].value < rows[0].scores["rouge1"].high
-    parent, chosen = tables.fidelity(results)
-    assert (parent.kl.value, parent.agreement.value) == (0.0, 1.0)
+    (chosen,) = tables.fidelity(results)
+    assert (chosen.model, chosen.documents) == ("chosen", 2)
     assert 0.9 < chosen.agreement.low <= chosen.agreement.value <= chosen.agreement.high < 1
-    by_position = [row for row in tables.fidelity_by_position(results) if row.model == "chosen"]
-    assert by_position[0].mean == 0
-    assert by_position[-1].mean == pytest.approx(by_position[-1].difference.value)
+    by_position = tables.fidelity_by_position(results)
+    assert (by_position[0].mean, by_position[0].difference) == (0, None)
+    assert by_position[-1].mean > 0
     assert by_position[-1].agreement == pytest.approx(chosen.agreement.value)
 
 
@@ -137,8 +163,26 @@ def test_the_overview_takes_the_longest_length_that_all_have(read):
     assert (parent.loss_length, parent.nats.value, chosen.difference.value) == (4096, 2.0, pytest.approx(0.1))
     assert (parent.cost_length, parent.kv_bytes) == (1024, 24 * 1024 * 2 * 2048 * 2)
     assert (parent.recall, parent.recall_items) == (None, 0)
-    assert (chosen.recall.value, chosen.recall_items) == (1.0, 1)
+    assert (chosen.recall, chosen.recall_items) == (None, 0)  # the parent has no such item
     assert (chosen.plan, chosen.full_layers, chosen.layers) == ("4 full, 20 window 252 + 4 sinks", (0, 1, 2, 3), 24)
+
+
+def test_recall_in_the_overview_is_over_the_items_that_the_reference_has(read):
+    parent = [recall("parent", n, float(n < 2)) for n in range(4)]
+    chosen = [recall("chosen", n, float(n > 0)) for n in (1, 2, 9)] + [recall("chosen", 0, 1.0, task="babi")]
+    local = [recall("all local", 0, 1.0, length=4096)]
+    rows = tables.overview(read(*parent, *chosen, *local))
+    assert [(row.recall and row.recall.value, row.recall_items) for row in rows] == [(0.5, 4), (1.0, 2), (None, 0)]
+    assert [row.reference_recall and row.reference_recall.value for row in rows] == [0.5, 0.5, None]
+    assert rows[0].recall == tables.recall(read(*parent), by=())[0].score
+
+
+@pytest.mark.parametrize(("changes", "items"), [({}, 1), ({"seed": 1}, 0), ({"depths": [0.5]}, 0), ({"beams": 2}, 1)])
+def test_recall_items_of_another_run_are_the_same_only_if_made_alike(tmp_path, changes, items):
+    first = write_eval(tmp_path / "a", [recall("parent", 0, 1.0)], models=facts({"parent": "full*24"})["models"])
+    models, settings = facts({"other": "full*24"})["models"], {**SETTINGS, **changes}
+    second = write_eval(tmp_path / "b", [recall("other", 0, 0.0)], models=models, settings=settings)
+    assert tables.overview(read_results([first, second]))[1].recall_items == items
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ heat_map({(0.1, 1024): 1.0, (0.9, 1024): 0.4})
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from . import tables
@@ -88,6 +88,23 @@ def both(estimate: tables.Estimate | None, digits: int = 3, *, sign: bool = Fals
     return [number(estimate.value, digits, sign=sign, percent=percent), span]
 
 
+def spread(estimates: Iterable[tables.Estimate | None]) -> str:
+    """What a caption says of intervals."""
+    if any(estimate is not None and estimate.low is not None for estimate in estimates):
+        return "with 95 % intervals over documents"
+    return "without intervals, for one document gives none"
+
+
+def read_documents(results: Results, labels: Iterable[str], length: int) -> str:
+    """What the suite `loss` read: `documents of 4,096 tokens`, or whole ones in windows."""
+    return " or ".join(
+        f"documents of {length:,} tokens"
+        if stride is None
+        else f"whole documents in windows of {length:,} tokens, {stride:,} apart"
+        for stride in dict.fromkeys(results.models[label].stride for label in labels)
+    )
+
+
 def recall_section(results: Results) -> Section | None:
     rows = tables.recall(results)
     if not rows:
@@ -150,14 +167,18 @@ def by_position(
         return [], []
     order = list(results.models)
     length, longest = _longest(rows)
-    where = f"by position, documents of {length:,} tokens"
+    documents = f"documents of {length:,} tokens"
+    if what == "loss":
+        documents = read_documents(results, (row.model for row in longest), length)
+    where = f"by position, {documents}"
     svg = lines(_curves(longest), POSITION, f"{what} ({unit})", order=order, wide=True)
     figures = [Figure(f"{what} {where}; numbers in the table", svg=svg, caption=f"Mean {what} {where}")]
     made = [_pivot(rows, results, f"Mean {what} in {unit} by position, and how many tokens were counted")]
     if differences and (changes := _differences(longest)):
         svg = lines(changes, POSITION, "difference (nats/token)", order=order, wide=True, zero=True)
+        found = (row.difference for row in longest)
         alt = f"Difference to the reference {where}; numbers in the table"
-        caption = f"Difference to the reference {where}, with 95 % intervals; above 0 is worse"
+        caption = f"Difference to the reference {where}, {spread(found)}; above 0 is worse"
         figures.append(Figure(alt, svg=svg, caption=caption))
         made.append(_pivot(rows, results, "Difference to the reference by position", differences=True))
     return figures, made
@@ -168,6 +189,7 @@ def repeats_section(results: Results) -> Section | None:
     if not rows:
         return None
     length, longest = _longest(rows)
+    documents = read_documents(results, (row.model for row in longest), length)
     starts = sorted({(row.high == 0, row.low) for row in longest})
     place = {start: float(rank) for rank, start in enumerate(starts)}
     marks = {place[row.high == 0, row.low]: _ticks(row) for row in longest}
@@ -177,7 +199,7 @@ def repeats_section(results: Results) -> Section | None:
     series = {label: found for label, found in points.items() if found}
     axis = "tokens since the 3-gram was last seen, at least"
     svg = lines(series, axis, "loss (nats/token)", order=list(results.models), marks=marks)
-    caption = f"Mean loss by distance to the last occurrence, documents of {length:,} tokens"
+    caption = f"Mean loss by distance to the last occurrence, {documents}"
     made = [_pivot(rows, results, "Mean loss in nats/token by distance to the last occurrence of the token's 3-gram")]
     if any(row.difference for row in rows):
         made.append(_pivot(rows, results, "Difference to the reference by that distance", differences=True))

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ NUMBERS = {
     "recall": ("score", "length", "item"),
     "summary": ("rouge1", "rouge2", "rougeL", "length", "item"),
     "fidelity": ("tokens", "kl", "agree", "length", "item"),
-    "lm-eval": (),
+    "lm-eval": ("length", "item"),
 }
 """The fields of each suite's records that must be numbers."""
 NAMES = {
@@ -45,7 +45,7 @@ BUCKETS = {"buckets": {"loss": 4, "fidelity": 5}, "repeats": {"loss": 4}}
 COSTS = ("attention_pairs", "kv_bytes_held", "prefill_kv_peak")
 FLOPS = ("prefill_flops", "training_flops", "decode_flops")
 FEW = 10  # documents; with fewer, intervals are clearly too narrow
-COMPARED = ("versions", "device", "dtype", "settings")
+COMPARED = ("versions", "device", "settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +100,22 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """An evaluated model. `cost` has one object a length; `reference` is the label of what it is compared with."""
+    """An evaluated model. `cost` has one object a length; `reference` is the label of what it is compared with;
+    `settings` are those of its run."""
 
     label: str
     source: str
+    dtype: str
     plan: SpanPlan
     cost: dict[int, dict[str, Any]]
     run: str
     reference: str
+    settings: dict[str, Any]
+
+    @property
+    def stride(self) -> int | None:
+        """How far apart the windows begin in which `loss` read whole documents; None: it cut them."""
+        return self.settings.get("stride")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +183,13 @@ def _wrong(record: Record, facts: dict[str, Any]) -> str:
     for name in NUMBERS[suite]:
         if not is_number(record.get(name)):
             return f"{name} is {record.get(name)!r}, not a number"
-    if not (record.get("depth") is None or is_number(record["depth"])):
-        return f"depth is {record['depth']!r}, neither a number nor null"
+    for name in ("depth", "bytes"):
+        if not _is_number_or_null(record.get(name)):
+            return f"{name} is {record[name]!r}, neither a number nor null"
     if record.get("tokens", 1) < 1 or not 0 <= record.get("score", 0) <= 1:
         return "tokens must be at least 1, and a score 0 to 1"
-    if suite == "lm-eval" and not all(is_number(row.get("value")) for row in harness_rows(record)):
-        return "a value is not a number"
+    if suite == "lm-eval" and not _are_metrics(record.get("metrics")):
+        return "metrics are not rows of task, metric, value, stderr and items"
     for name in NAMES[suite]:
         if not isinstance(record.get(name), str):
             return f"{name} is {record.get(name)!r}, not text"
@@ -191,14 +200,28 @@ def _wrong(record: Record, facts: dict[str, Any]) -> str:
 
 
 def harness_rows(record: Record) -> list[Record]:
-    """The metrics of an lm-eval record, each with `metric`, `value` and `stderr`: a list, or the record itself."""
-    rows: list[Record] = record.get("metrics", [record])
+    """The metrics of an lm-eval record: `task`, `metric`, `items`, and `value` and `stderr`, which may be None."""
+    rows: list[Record] = record["metrics"]
     return rows
 
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; JSON as Python reads it also has NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def _are_metrics(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ("task", "metric"))
+        and all(_is_number_or_null(row.get(name, "missing")) for name in ("value", "stderr"))
+        and is_number(row.get("items"))
+        for row in value
+    )
 
 
 def _are_buckets(value: Any, size: int) -> bool:
@@ -236,36 +259,57 @@ def _joined(evaluations: dict[str, Evaluation], trainings: list[Training]) -> Re
     for name, run in evaluations.items():
         labels = {label: f"{label} ({name})" if used[label] > 1 else label for label in run.facts["models"]}
         own = next(iter(labels.values()))
-        settings = run.facts.get("settings") or {}
-        digests[own] = settings.get("data_digest", settings.get("data"))
+        digests[own] = (run.facts.get("settings") or {}).get("data")
         first = next(iter(digests))
         reference = first if digests[own] == digests[first] else own
         for label, model in run.facts["models"].items():
-            models[labels[label]] = _model(labels[label], model, name, reference, run.folder)
+            models[labels[label]] = _model(labels[label], model, name, reference, run)
         for record in run.records:
             records.setdefault(record["suite"], []).append({**record, "model": labels[record["model"]]})
     return Results(models, records, evaluations, trainings)
 
 
-def _model(label: str, facts: dict[str, Any], run: str, reference: str, folder: Path) -> Model:
+def _model(label: str, facts: dict[str, Any], name: str, reference: str, run: Evaluation) -> Model:
     try:
         costs = {int(length): cost for length, cost in (facts.get("cost") or {}).items()}
         for cost in costs.values():
             _ = [cost[name] for name in COSTS], [cost[name][part] for name in FLOPS for part in ("attention", "total")]
-        return Model(label, str(facts.get("model", "")), SpanPlan.parse(facts["plan"]), costs, run, reference)
+        source, dtype = (str(facts.get(key, "")) for key in ("model", "dtype"))
+        settings = run.facts.get("settings") or {}
+        return Model(label, source, dtype, SpanPlan.parse(facts["plan"]), costs, name, reference, settings)
     except (PlanError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CorruptError(f"{folder / FACTS}, model {label!r}, cannot be read: {error}") from error
+        raise CorruptError(f"{run.folder / FACTS}, model {label!r}, cannot be read: {error}") from error
+
+
+def by_document(records: Iterable[Record]) -> dict[Hashable, Record]:
+    """By what makes two documents the same: name, tokens, bytes, and which one of these it is in the order of items."""
+    named: dict[Hashable, Record] = {}
+    seen: collections.Counter[Hashable] = collections.Counter()
+    for record in sorted(records, key=lambda record: float(record["item"])):
+        same = record["document"], record.get("tokens"), record.get("bytes")
+        named[*same, seen[same]] = record
+        seen[same] += 1
+    return named
 
 
 def counts(results: Results) -> dict[tuple[str, str], int]:
-    """How many items were measured, by suite and model."""
+    """How many items were measured, by suite and model; of an lm-eval task the most, if it was run more than once."""
     order = list(results.models)
-    found: collections.Counter[tuple[str, str]] = collections.Counter()
-    for suite, records in results.records.items():
-        for record in records:
-            known = record.get("of", record.get("items")) if suite == "lm-eval" else 1
-            found[suite, record["model"]] += known if isinstance(known, int) else 0
+    others = {suite: records for suite, records in results.records.items() if suite != "lm-eval"}
+    found = collections.Counter((suite, record["model"]) for suite, records in others.items() for record in records)
+    most: dict[tuple[str, str], int] = {}
+    for record in results.records.get("lm-eval", []):
+        key = record["model"], record["task"]
+        most[key] = max(most.get(key, 0), _harness_items(record))
+    for (label, _), items in most.items():
+        found["lm-eval", label] += items
     return dict(sorted(found.items(), key=lambda pair: (pair[0][0], order.index(pair[0][1]))))
+
+
+def _harness_items(record: Record) -> int:
+    """Of the task or group that was asked for, if it has metrics of its own, or of all its tasks."""
+    items = {row["task"]: round(row["items"]) for row in harness_rows(record)}
+    return items.get(record["task"], sum(items.values()))
 
 
 def caveats(results: Results) -> list[str]:
@@ -292,22 +336,28 @@ def _unequal(results: Results) -> list[str]:
         for record in records:
             run = items.setdefault(results.models[record["model"]].run, {})
             run.setdefault(record["model"], set()).add((record.get("task"), record.get("length"), record.get("item")))
+        what = "tasks (with their limits)" if suite == "lm-eval" else "items"
         for name, run in items.items():
             every = set().union(*run.values())
-            for label in (label for label, model in results.models.items() if model.run == name):
+            first, *others = (label for label, model in results.models.items() if model.run == name)
+            for label in others if suite == "fidelity" else (first, *others):  # the first one is what it compares with
                 if missing := len(every - run.get(label, set())):
-                    words.append(f"{label} lacks {missing:,} of {len(every):,} items of {suite} that others have.")
+                    words.append(f"{label} lacks {missing:,} of {len(every):,} {what} of {suite} that others have.")
     return words
 
 
 def disagreements(results: Results) -> list[str]:
-    """In which versions, settings or devices the evaluations differ: a sentence for each."""
+    """In which versions, settings or devices the evaluations differ, or models in their dtype: a sentence for each."""
     facts = {name: _flat({k: run.facts.get(k) for k in COMPARED}) for name, run in results.evaluations.items()}
     sentences = []
     for key in dict.fromkeys(key for flat in facts.values() for key in flat):
         values = {name: flat.get(key, "not given") for name, flat in facts.items()}
         if len(set(values.values())) > 1:
             sentences.append(f"The runs differ in {key}: " + "; ".join(f"{v} in {n}" for n, v in values.items()) + ".")
+    dtypes = {label: model.dtype or "not given" for label, model in results.models.items()}
+    if len(set(dtypes.values())) > 1:
+        words = "; ".join(f"{dtype} of {label}" for label, dtype in dtypes.items())
+        sentences.append(f"The models differ in dtype, and so in the bytes of their KV cache: {words}.")
     return sentences
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import tables
 from .page import Figure, Section, Table, interval, number, write_page
 from .picture import plan_svg
-from .places import both, by_position, fidelity_section, recall_section, repeats_section
+from .places import both, by_position, fidelity_section, read_documents, recall_section, repeats_section, spread
 from .plots import Point, bars, lines, trade_off, undominated
 from .runs import Results, Training, caveats, counts, disagreements, harness_rows, read_results
 
@@ -53,7 +53,7 @@ def sections(results: Results) -> list[Section]:
     """All sections for which there are numbers."""
     overview = tables.overview(results)
     made = [
-        _overview(overview),
+        _overview(results, overview),
         _plans(results),
         _loss(results),
         repeats_section(results),
@@ -85,8 +85,8 @@ def _conclusion(row: tables.Overview, reference: tables.Overview) -> str:
     gains, quality = " and ".join(filter(None, paid)), []
     if row.difference is not None:
         quality.append(f"its loss is {_change(row.difference)}")
-    if row.recall is not None and reference.recall is not None:
-        found, before = (both(score, 1, percent=True)[0] for score in (row.recall, reference.recall))
+    if row.recall is not None and row.reference_recall is not None:
+        found, before = (number(score.value, 1, percent=True) for score in (row.recall, row.reference_recall))
         quality.append(f"it finds {found} of the recall items, {reference.model} {before}")
     words = [f"{row.model} needs {gains} than {reference.model} at {row.cost_length:,} tokens."] if gains else []
     if quality:
@@ -111,19 +111,19 @@ def _change(change: tables.Estimate) -> str:
     return f"{amount} (95 % interval {interval(change.low, change.high, sign=True)}{doubt})"
 
 
-def _overview(rows: Sequence[tables.Overview]) -> Section | None:
+def _overview(results: Results, rows: Sequence[tables.Overview]) -> Section | None:
     if not rows:
         return None
-    at, paid = (
-        next((f"{length:,} tokens" for row in rows if (length := getattr(row, name))), "the longest length")
-        for name in ("loss_length", "cost_length")
-    )
+    read = {row.model: row.loss_length for row in rows if row.loss_length}
+    documents = read_documents(results, read, max(read.values())) if read else "documents"
+    paid = f"{_cost_length(rows):,} tokens" if _cost_length(rows) else "the longest length"
     cells = [
         [
             row.model,
             both(row.nats)[0],
             both(row.difference, sign=True)[0],
             both(row.recall, 1, percent=True)[0],
+            number(row.recall_items or None, 0),
             number(row.kv_bytes and row.kv_bytes / MB, 1),
             number(row.attention_flops and row.attention_flops / GFLOP, 1),
             f"{len(row.full_layers)}/{row.layers}",
@@ -131,10 +131,12 @@ def _overview(rows: Sequence[tables.Overview]) -> Section | None:
         ]
         for row in rows
     ]
-    headers = ["model", "nats/token", "difference", "recall", "KV, MB", "attention, GFLOP", "full layers", "plan"]
+    headers = ["model", "nats/token", "difference", "recall", "recall items"]
+    headers += ["KV, MB", "attention, GFLOP", "full layers", "plan"]
     caption = (
-        f"Every model in a row. Loss at {at}, its difference to the reference ({rows[0].model}) on the same documents; "
-        f"recall over all tasks and lengths; KV cache held, and forward FLOPs of attention, for {paid}"
+        f"Every model in a row. Loss of {documents}, its difference to the reference ({rows[0].model}) where it read "
+        "the same; recall over the items of all tasks and lengths that the reference was measured on too; KV cache "
+        f"held, and forward FLOPs of attention, for {paid}"
     )
     return Section("What was gained and lost", conclusions(rows), [Table(headers, cells, caption)])
 
@@ -173,6 +175,8 @@ def _loss(results: Results) -> Section | None:
     caption = "Loss over all positions. The difference to the reference is over the documents that both read"
     made = [Table([*headers, "difference", "95 % interval of it"], cells, caption)]
     words = ["Lower is better. Intervals resample documents; that of the difference resamples pairs."]
+    if all(row.documents == 1 for row in rows):
+        words = ["Lower is better. One document was read, so no interval is given."]
     figures, more = by_position(results, tables.loss_by_position(results), "loss", "nats/token")
     return Section("Loss by position", words, made + more, figures)
 
@@ -191,7 +195,8 @@ def _summary(results: Results) -> Section | None:
         if lead:
             series[LEAD] = [*sorted(lead.items())]
         svg = lines(series, "input (tokens)", ROUGE[name], order=[*results.models, LEAD], wide=True)
-        caption = f"{ROUGE[name]} by input length, with 95 % intervals over documents; higher is better"
+        found = (row.scores[name] for row in rows)
+        caption = f"{ROUGE[name]} by input length, {spread(found)}; higher is better"
         figures.append(Figure(f"{caption}; numbers in the table", svg=svg, caption=caption))
     cells = [
         [
@@ -348,11 +353,11 @@ def _harness(results: Results) -> Section | None:
     cells = [
         [
             record["model"],
-            record["task"],
-            str(row.get("metric", "")),
+            row["task"],
+            row["metric"],
             number(row["value"], 4),
-            number(row.get("stderr"), 4),
-            number(record.get("of", record.get("items")), 0),
+            number(row["stderr"], 4),
+            number(row["items"], 0),
         ]
         for record in results.records.get("lm-eval", [])
         for row in harness_rows(record)
@@ -373,10 +378,9 @@ def _how(results: Results) -> Section:
     words = []
     for name, run in results.evaluations.items():
         versions = ", ".join(f"{key} {value}" for key, value in (run.facts.get("versions") or {}).items())
-        where = ", ".join(str(run.facts[key]) for key in ("device", "dtype") if run.facts.get(key))
-        words.append(f"{name}: {versions or 'versions not given'}; {where or 'device not given'}.")
-    sources = [[label, model.source, str(model.plan), model.run] for label, model in results.models.items()]
-    made = [Table(["model", "source", "plan", "run"], sources, "What was evaluated")] if sources else []
+        words.append(f"{name}: {versions or 'versions not given'}; {run.facts.get('device') or 'device not given'}.")
+    sources = [[label, m.source, m.dtype, str(m.plan), m.run] for label, m in results.models.items()]
+    made = [Table(["model", "source", "dtype", "plan", "run"], sources, "What was evaluated")] if sources else []
     commands = ["\n".join(run.facts.get("commands") or []) for run in results.evaluations.values()]
     settings = [
         f"{name}: {json.dumps(run.facts['settings'], ensure_ascii=False, indent=1)}"

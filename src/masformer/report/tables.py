@@ -4,7 +4,8 @@
         row.model, row.nats.value, row.nats.low, row.kv_bytes
 
 Means over documents are ratios of sums; their 95 % intervals resample documents, so with one document there is none.
-A difference is taken over the documents that both models were measured on, and its interval resamples pairs.
+A difference is taken over the documents that both models were measured on, and its interval resamples pairs; a
+document of as many tokens and bytes counts as the same, for other tokenizers cut another text of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from ..evaluation.statistics import bootstrap, wilson
 from ..spans import SpanPlan
-from .runs import Record, Results
+from .runs import Record, Results, by_document
 
 Cells = dict[Hashable, tuple[float, float]]
 """By document: a sum, and the count that it is divided by."""
@@ -121,7 +122,10 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Overview:
-    """One model in a row. Losses are at `loss_length`, costs at `cost_length`: the longest that all models have."""
+    """One model in a row. Losses are at `loss_length`, costs at `cost_length`: the longest that all models have.
+
+    recall: over the `recall_items` items that the reference was measured on too, where it scored `reference_recall`.
+    """
 
     model: str
     reference: str
@@ -133,6 +137,7 @@ class Overview:
     difference: Estimate | None
     recall: Estimate | None
     recall_items: int
+    reference_recall: Estimate | None
     cost_length: int | None
     kv_bytes: int | None
     attention_flops: int | None
@@ -154,13 +159,15 @@ def in_short(plan: SpanPlan) -> str:
 def overview(results: Results) -> list[Overview]:
     """Every model in a row, the reference first."""
     losses = {(row.model, row.length): row for row in loss(results)}
-    recalls = {row.model: row for row in recall(results, by=())}
+    recalls = _shared_recall(results)
     at = _longest([{length for name, length in losses if name == label} for label in results.models])
     cost_at = _longest([set(model.cost) for model in results.models.values()])
-    costs = {row.model: row for row in cost(results) if row.length == cost_at}
+    costs = {
+        row.model: (row.length, row.kv_bytes, row.attention_flops) for row in cost(results) if row.length == cost_at
+    }
     rows = []
     for label, model in results.models.items():
-        own, found, paid = losses.get((label, at or 0)), recalls.get(label), costs.get(label)
+        own = losses.get((label, at or 0))
         rows.append(
             Overview(
                 label,
@@ -171,11 +178,8 @@ def overview(results: Results) -> list[Overview]:
                 own.length if own else None,
                 own.nats if own else None,
                 own.difference if own else None,
-                found.score if found else None,
-                found.items if found else 0,
-                paid.length if paid else None,
-                paid.kv_bytes if paid else None,
-                paid.attention_flops if paid else None,
+                *recalls.get(label, (None, 0, None)),
+                *costs.get(label, (None, None, None)),
             )
         )
     return rows
@@ -186,7 +190,7 @@ def loss(results: Results) -> list[Loss]:
     groups = _groups(results, "loss", "length")
     rows = []
     for (label, length), records in groups.items():
-        reference = groups.get((results.models[label].reference, length), [])
+        reference = groups.get((_compared(results, label), length), [])
         cells = _cells(records, "nats")
         size = sum(record.get("bytes") or math.nan for record in records)
         rows.append(
@@ -196,7 +200,7 @@ def loss(results: Results) -> list[Loss]:
                 len(records),
                 sum(record["tokens"] for record in records),
                 _ratio(cells),
-                None if label == results.models[label].reference else _difference(cells, _cells(reference, "nats")),
+                _difference(cells, _cells(reference, "nats")),
                 None if math.isnan(size) else sum(record["nats"] for record in records) / math.log(2) / size,
             )
         )
@@ -223,14 +227,12 @@ def recall(results: Results, by: Sequence[str] = ("task", "length", "depth")) ->
     rows = []
     for (label, *values), records in _groups(results, "recall", *by).items():
         known = dict.fromkeys(("task", "length", "depth")) | dict(zip(by, values, strict=True))
-        scores = [record["score"] for record in records]
-        low, high = wilson(math.fsum(scores), len(scores))
         rows.append(
             Recall(
                 label,
                 **known,
                 items=len(records),
-                score=Estimate(statistics.fmean(scores), low, high),
+                score=_share([record["score"] for record in records]),
                 log_probability=_mean(record.get("log_probability") for record in records),
                 rank=_mean(record.get("rank") for record in records),
             )
@@ -238,11 +240,26 @@ def recall(results: Results, by: Sequence[str] = ("task", "length", "depth")) ->
     return rows
 
 
+def _shared_recall(results: Results) -> dict[str, tuple[Estimate, int, Estimate]]:
+    """By model: its score on the items that the reference has too, how many these are, and the reference's score."""
+    scores: dict[str, dict[Hashable, float]] = {}
+    for record in results.records.get("recall", []):
+        made = [results.models[record["model"]].settings.get(name) for name in ("seed", "depths")]
+        key = str(made), record["task"], record["length"], record["item"]
+        scores.setdefault(record["model"], {})[key] = record["score"]
+    found = {}
+    for label, own in scores.items():
+        before = scores.get(results.models[label].reference, {})
+        if keys := own.keys() & before.keys():
+            found[label] = _share([own[key] for key in keys]), len(keys), _share([before[key] for key in keys])
+    return found
+
+
 def summary(results: Results) -> list[Summary]:
     """ROUGE per model and input length."""
     rows = []
     for (label, length), records in _groups(results, "summary", "length").items():
-        scores = {name: _ratio({_key(record): (record[name], 1.0) for record in records}) for name in ROUGES}
+        scores = {name: _ratio({n: (record[name], 1.0) for n, record in enumerate(records)}) for name in ROUGES}
         lead = {name: _mean((record.get("lead") or {}).get(name) for record in records) for name in ROUGES}
         cut = sum(bool(record.get("cut")) for record in records)
         rows.append(Summary(label, length, len(records), cut, scores, lead))
@@ -251,17 +268,11 @@ def summary(results: Results) -> list[Summary]:
 
 def fidelity(results: Results) -> list[Fidelity]:
     """KL and agreement per model and length."""
-    return [
-        Fidelity(
-            label,
-            length,
-            len(records),
-            sum(record["tokens"] for record in records),
-            _ratio(_cells(records, "kl")),
-            _ratio(_cells(records, "agree")),
-        )
-        for (label, length), records in _groups(results, "fidelity", "length").items()
-    ]
+    rows = []
+    for (label, length), records in _groups(results, "fidelity", "length").items():
+        ratios = (_ratio(_cells(records, name)) for name in ("kl", "agree"))
+        rows.append(Fidelity(label, length, len(records), sum(record["tokens"] for record in records), *ratios))
+    return rows
 
 
 def cost(results: Results) -> list[Cost]:
@@ -307,12 +318,15 @@ def _longest(lengths: Iterable[set[int]]) -> int | None:
     return max(set.intersection(*some), default=max(some[0])) if some else None
 
 
-def _key(record: Record) -> Hashable:
-    return record["item"], record["document"]
-
-
 def _cells(records: Iterable[Record], name: str) -> Cells:
-    return {_key(record): (record[name], record["tokens"]) for record in records}
+    return {key: (record[name], record["tokens"]) for key, record in by_document(records).items()}
+
+
+def _compared(results: Results, label: str) -> str | None:
+    """The reference, if it is another model and read documents in the same windows."""
+    own = results.models[label]
+    reference = results.models[own.reference]
+    return reference.label if reference is not own and reference.stride == own.stride else None
 
 
 def _buckets(results: Results, suite: str, name: str) -> list[Bucket]:
@@ -320,8 +334,7 @@ def _buckets(results: Results, suite: str, name: str) -> list[Bucket]:
     means = {key: _split(records, name, 3) for key, records in groups.items()}
     rows = []
     for (label, length), split in means.items():
-        reference = results.models[label].reference
-        theirs = {} if label == reference else means.get((reference, length), {})
+        theirs = means.get((_compared(results, label), length), {})
         agreed = _split(groups[label, length], name, 4) if suite == "fidelity" else {}
         high = _highs(groups[label, length], name)
         for low, cells in sorted(split.items(), key=lambda pair: (high[pair[0]] == 0, pair[0])):
@@ -344,10 +357,10 @@ def _buckets(results: Results, suite: str, name: str) -> list[Bucket]:
 def _split(records: Iterable[Record], name: str, column: int) -> dict[int, Cells]:
     """By where buckets begin: the column of sums of every document that has tokens there."""
     split: dict[int, Cells] = {}
-    for record in records:
+    for key, record in by_document(records).items():
         for bucket in record.get(name, []):
             if bucket[2]:
-                split.setdefault(bucket[0], {})[_key(record)] = bucket[column], bucket[2]
+                split.setdefault(bucket[0], {})[key] = bucket[column], bucket[2]
     return split
 
 
@@ -364,6 +377,10 @@ def _plain(cells: Cells) -> float:
     return math.fsum(above for above, _ in cells.values()) / math.fsum(below for _, below in cells.values())
 
 
+def _share(scores: Sequence[float]) -> Estimate:
+    return Estimate(statistics.fmean(scores), *wilson(math.fsum(scores), len(scores)))
+
+
 def _ratio(cells: Cells) -> Estimate:
     sums, counts = [pair[0] for pair in cells.values()], [pair[1] for pair in cells.values()]
     low, high = bootstrap(sums, counts) or (None, None)
@@ -371,7 +388,7 @@ def _ratio(cells: Cells) -> Estimate:
 
 
 def _difference(cells: Cells, reference: Cells) -> Estimate | None:
-    """Over the documents with as many tokens in both; None if there are none."""
+    """Over the documents in both, where as many tokens count in both; None if there are none."""
     shared = [key for key in cells if key in reference and reference[key][1] == cells[key][1]]
     return _ratio({key: (cells[key][0] - reference[key][0], cells[key][1]) for key in shared}) if shared else None
 
