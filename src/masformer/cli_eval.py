@@ -84,7 +84,7 @@ def evaluate(
         settings = _reduced(settings, subjects, data, given)
     documents = _data(data, settings)
     work = prepare(subjects, settings, documents, say)
-    facts = _facts(subjects, settings, data, documents, where, flags)
+    facts = _facts(subjects, settings, data, documents, where)
     with _folder(out) as folder:
         with Run.open(folder, facts, compared="fidelity" in settings.suites) as run:
             pairs = [(subject.label, e) for subject, entries in zip(subjects, work, strict=True) for e in entries]
@@ -223,7 +223,7 @@ def _subject(model: str, flags: PlanFlags, device: str) -> Subject:
 
 
 def _facts(
-    subjects: Sequence[Subject], settings: Settings, data: str | None, read: Data, device: str, flags: PlanFlags
+    subjects: Sequence[Subject], settings: Settings, data: str | None, read: Data, device: str
 ) -> dict[str, Any]:
     """What run.json holds."""
     texts = [[document.id, document.text] for document in read.documents]
@@ -250,7 +250,6 @@ def _facts(
 
 
 def _about(subject: Subject, settings: Settings) -> dict[str, Any]:
-    from .evaluation.suites import mark
     from .models.checkpoint import weights_digest
     from .models.families import shape_of
     from .spans import cost
@@ -262,7 +261,7 @@ def _about(subject: Subject, settings: Settings) -> dict[str, Any]:
     parts = [
         weights_digest(subject.source, subject.config),
         digest(str(sorted(config.items()))),
-        mark(subject.tokenizer),
+        subject.mark,
     ]
     parts += [sha256(generation)] if generation.is_file() else []
     return {

@@ -132,11 +132,21 @@ def _read_text(file: Path) -> Iterator[Located]:
 
 
 def _read_lines(file: Path) -> Iterator[Located]:
+    for record, where, name in json_lines(file):
+        yield _from_record(record, where, name), where
+
+
+def json_lines(file: Path) -> Iterator[tuple[Any, str, str]]:
+    """What each line of a file holds, empty lines passed over; the place that an error names; and `FILE:LINE`.
+
+    Raises:
+        InputError: a line that is not UTF-8 or JSON.
+    """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file}, line {number}"
-                yield _from_record(_parsed(line, where), where, f"{file.name}:{number}"), where
+                yield _parsed(line, where), where, f"{file.name}:{number}"
 
 
 def _read_parquet(file: Path) -> Iterator[Located]:

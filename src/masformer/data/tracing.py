@@ -237,9 +237,9 @@ def babi_1(setting: Setting, random: np.random.Generator, depth: float) -> Item:
 
     The last move of the person asked for stands at the depth, with moves of others after it.
     """
-    walk = _walk(random, depth)
-    before = [depth * place for place in random_places(random, walk.last)]
-    after = [depth + (1 - depth) * place for place in random_places(random, len(walk.facts) - walk.last - 1)]
+    walk, last = _walk(random, depth)
+    before = [depth * place for place in random_places(random, last)]
+    after = [depth + (1 - depth) * place for place in random_places(random, len(walk.facts) - last - 1)]
     asked = walk.asked
     question = ASK_WHERE.format(who=asked, name=asked)
     return _world(setting, random, "babi_1", walk, [*before, depth, *after], question, "persons", depth)
@@ -255,13 +255,12 @@ def babi_2(setting: Setting, random: np.random.Generator, depth: None) -> Item:
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """Facts in order, each told once; `last` is the index of the one that decides, `names` what it turns on."""
+    """Facts in order, each told once; `names` is what the answer turns on."""
 
     facts: list[str]
     names: list[str]
     asked: str
     answer: str
-    last: int
 
 
 def _world(
@@ -287,8 +286,8 @@ def _world(
     )
 
 
-def _walk(random: np.random.Generator, depth: float) -> Story:
-    """Ten moves of four persons; the first of them is asked for and was in other places before."""
+def _walk(random: np.random.Generator, depth: float) -> tuple[Story, int]:
+    """Ten moves of four persons, and the index of the one that decides: the first person's last, who is asked for."""
     persons, (answer,) = pick(random, PERSONS, 4), pick(random, LOCATIONS, 1)
     last = min(max(round(depth * (WALK - 1)), 2), WALK - 3)
     while True:
@@ -302,7 +301,7 @@ def _walk(random: np.random.Generator, depth: float) -> Story:
             at[person] = answer if number == last else pick(random, free, 1)[0]
             facts.append(_move(random, persons[person], at[person]))
         if len(set(facts)) == len(facts):
-            return Story(facts, [persons[0]], persons[0], answer, last)
+            return Story(facts, [persons[0]], persons[0], answer), last
 
 
 def _errands(random: np.random.Generator) -> Story:
@@ -318,7 +317,7 @@ def _errands(random: np.random.Generator) -> Story:
             asked = pick(random, carried, 1)[0]
             holders = [p for p in errands.persons if any(p in f and f"the {asked}" in f for f in errands.facts)]
             names = [*holders, asked]
-            return Story(errands.facts, names, asked, errands.place(asked), errands.carried[asked])
+            return Story(errands.facts, names, asked, errands.place(asked))
 
 
 class Errands:
@@ -329,8 +328,8 @@ class Errands:
         self.at: dict[str, str] = {}
         self.holder: dict[str, str] = {}
         self.lies: dict[str, str] = {}
-        self.carried: dict[str, int] = {}
-        """The last fact that changed a thing's place."""
+        self.carried: set[str] = set()
+        """Things that went with a person to another place."""
         self.facts: list[str] = []
 
     def place(self, thing: str) -> str:
@@ -355,7 +354,7 @@ class Errands:
     def move(self, random: np.random.Generator, person: str) -> None:
         free = [place for place in LOCATIONS if place != self.at.get(person)]
         self.at[person] = pick(random, free, 1)[0]
-        self.carried.update({t: len(self.facts) for t, holder in self.holder.items() if holder == person})
+        self.carried |= {thing for thing, holder in self.holder.items() if holder == person}
         self.facts.append(_move(random, person, self.at[person]))
 
 

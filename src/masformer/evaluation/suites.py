@@ -28,7 +28,7 @@ from ..models.positions import check_positions
 from ..spans import SpanPlan
 from .fidelity import fidelity
 from .loss import bucketed, default_edges, repeat_distances, sliding_losses, token_losses
-from .results import Key, Record, Run
+from .results import Key, Record, Run, key_of
 from .scoring import score, work
 from .summary import Pair, check_room, lead, rouge, summarise
 from .texts import cut_documents
@@ -103,6 +103,15 @@ class Subject:
     tokenizer: Any
     load: Callable[[], PreTrainedModel]
 
+    @functools.cached_property
+    def mark(self) -> str:
+        """The same for two tokenizers that encode alike; of a slow one its vocabulary alone is compared.
+
+        Kept, since it takes a second for a large vocabulary.
+        """
+        tokenizer = self.tokenizer
+        return fingerprint(tokenizer) if tokenizer.is_fast else digest(sorted(tokenizer.get_vocab().items()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -115,8 +124,12 @@ class Entry:
     tokens: int
     what: Any
 
+    def place(self, label: str) -> Record:
+        """The fields that a record of it begins with."""
+        return {"model": label, **{name: getattr(self, name) for name in ("suite", "task", "length", "item")}}
+
     def key(self, label: str) -> Key:
-        return (label, self.suite, self.task, self.length, self.item)
+        return key_of(self.place(label))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,24 +164,18 @@ def prepare(
         raise InputError(f"two models are called {twice}: write NAME=MODEL to give them names of their own")
     if "fidelity" in settings.suites:
         _refuse_incomparable(subjects)
-    marks = [mark(subject.tokenizer) for subject in subjects]
-    if "loss" in settings.suites and len(set(marks)) > 1:
+    if "loss" in settings.suites and len({subject.mark for subject in subjects}) > 1:
         say("models of different tokenizers read different tokens: compare their bits per byte")
     made: dict[tuple[str, str], list[Entry]] = {}
     work = []
-    for subject, tokenizer in zip(subjects, marks, strict=True):
+    for subject in subjects:
         suites = [suite for suite in settings.suites if suite != "fidelity" or subject is not subjects[0]]
         check_positions(subject.config, max(settings.lengths, default=1))
         for suite in suites:
-            if (suite, tokenizer) not in made:
-                made[suite, tokenizer] = SUITES[suite][0](subject, settings, data, say)
-        work.append([entry for suite in suites for entry in made[suite, tokenizer]])
+            if (suite, subject.mark) not in made:
+                made[suite, subject.mark] = SUITES[suite][0](subject, settings, data, say)
+        work.append([entry for suite in suites for entry in made[suite, subject.mark]])
     return work
-
-
-def mark(tokenizer: Any) -> str:
-    """The same for two tokenizers that encode alike; of a slow one its vocabulary alone is compared."""
-    return fingerprint(tokenizer) if tokenizer.is_fast else digest(sorted(tokenizer.get_vocab().items()))
 
 
 def _refuse_incomparable(subjects: Sequence[Subject]) -> None:
@@ -176,7 +183,7 @@ def _refuse_incomparable(subjects: Sequence[Subject]) -> None:
         raise InputError("fidelity compares models with the first one: give the parent and a conversion of it")
     first = subjects[0]
     for subject in subjects:
-        if mark(subject.tokenizer) != mark(first.tokenizer):
+        if subject.mark != first.mark:
             raise InputError(
                 f"fidelity compares models of one tokenizer: {subject.label} has another than {first.label}"
             )
@@ -214,13 +221,9 @@ def evaluate(
         for suite in settings.suites:
             of_suite = [entry for entry in left if entry.suite == suite]
             for batch in SUITES[suite][1](loaded, of_suite, settings):
-                run.add([{"model": subject.label, **_place(entry), **record} for entry, record in batch])
+                run.add([{**entry.place(subject.label), **record} for entry, record in batch])
                 progress(subject.label, sum(entry.tokens for entry, _ in batch))
         del model, loaded
-
-
-def _place(entry: Entry) -> Record:
-    return {name: getattr(entry, name) for name in ("suite", "task", "length", "item")}
 
 
 def _document_entries(suite: str, subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:

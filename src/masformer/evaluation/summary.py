@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..data.documents import json_lines
 from ..errors import InputError
 from ..models.positions import check_positions
 from ..models.selfcheck import evaluating
@@ -136,7 +135,7 @@ def read_pairs(path: Path | str) -> list[Pair]:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files or any(file.suffix.lower() != ".jsonl" for file in files):
             raise InputError(f"{path} is no .jsonl file, nor a folder of these")
-        pairs = {file: list(_pairs(file)) for file in files}
+        pairs = {file: [_pair(*line) for line in json_lines(file)] for file in files}
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}") from error
     for file, found in pairs.items():
@@ -145,20 +144,7 @@ def read_pairs(path: Path | str) -> list[Pair]:
     return [pair for found in pairs.values() for pair in found]
 
 
-def _pairs(file: Path) -> Iterator[Pair]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _pair(line, f"{file}, line {number}", f"{file.name}:{number}")
-
-
-def _pair(line: bytes, where: str, default_id: str) -> Pair:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8: byte {error.start} is 0x{line[error.start]:02x}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
+def _pair(record: Any, where: str, default_id: str) -> Pair:
     values = record if isinstance(record, dict) else {}
     for name in ("text", "summary"):
         value = values.get(name)
