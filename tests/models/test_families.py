@@ -120,6 +120,8 @@ def saving(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert plan_of(loaded) == MIXED
+    # from_pretrained gives mixtures of experts another kernel than the class itself does, with its own rounding.
+    loaded.config._experts_implementation = model.config._experts_implementation
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     parent = type(tiny(family))
     with pytest.raises(Exception):  # noqa: B017  # each class says it in its own words
