@@ -1,3 +1,4 @@
+import copy
 import functools
 import hashlib
 import json
@@ -86,6 +87,18 @@ def answers(item, kind="bytes"):
 every = pytest.mark.parametrize("task", TASKS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 lengths = pytest.mark.parametrize("length", LENGTHS)
+
+
+def test_an_item_begins_with_all_that_the_tokenizer_puts_before_a_text():
+    tokenizer = copy.deepcopy(made_tokenizer("pieces"))
+    specials = [("<s>", 0), ("</s>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A </s>", special_tokens=specials
+    )
+    (item,) = make_items("passkey", tokenizer, length=400, count=1, filler=Filler.of(tokenizer, None))
+    assert item.ids[:2] == (0, 1)
+    assert not {0, 1} & set(item.ids[2:])
+    assert len(item.ids) == 400
 
 
 def test_the_tasks_in_order():

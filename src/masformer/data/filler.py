@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -120,9 +121,7 @@ class Setting:
 
     @functools.cached_property
     def start(self) -> Ids:
-        """The beginning token where the tokenizer puts one before a text by itself, else nothing."""
-        first, begin = self.tokenizer("a")["input_ids"][:1], self.tokenizer.bos_token_id
-        return [begin] if begin is not None and list(first) == [begin] else []
+        return beginning(self.tokenizer)
 
     def tail(self, question: str, answers: Iterable[tuple[str, str]]) -> Tail:
         """The question and its answers in order, each after what leads to it (", "); lone spaces are no part of one.
@@ -192,6 +191,13 @@ class Setting:
         text = self.tokenizer.decode(list(item.prompt))
         if any(text.count(part) != times for part, times in only.items()):
             raise Redraw
+
+
+def beginning(tokenizer: Any) -> Ids:
+    """The special tokens that a tokenizer puts before every text by itself: mostly one or none, of GLM two."""
+    marked = tokenizer("a", return_special_tokens_mask=True)
+    special = sum(1 for _ in itertools.takewhile(bool, marked["special_tokens_mask"]))
+    return list(marked["input_ids"][:special])
 
 
 def encode(tokenizer: Any, text: str) -> Ids:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.documents import json_lines
+from ..data.filler import beginning
 from ..errors import InputError
 from ..models.positions import check_positions
 from ..models.selfcheck import evaluating
@@ -83,16 +83,14 @@ def _prompt(tokenizer: Any, text: str, most: int) -> tuple[list[int], bool]:
     if not text.strip():
         raise InputError("the document is empty: there is nothing to summarise")
     document, instruction = tokenizer([text, INSTRUCTION], add_special_tokens=False, verbose=False)["input_ids"]
-    marked = tokenizer("a", return_special_tokens_mask=True)
-    mask = itertools.takewhile(bool, marked["special_tokens_mask"])
-    beginning = [token for token, _ in zip(marked["input_ids"], mask, strict=False)]
-    room = most - len(beginning) - len(instruction)
+    start = beginning(tokenizer)
+    room = most - len(start) - len(instruction)
     if room < 1:
         raise InputError(
-            f"{most} tokens for a document and the instruction ({len(beginning) + len(instruction)} tokens) leave the "
+            f"{most} tokens for a document and the instruction ({len(start) + len(instruction)} tokens) leave the "
             "document none: take a greater length or fewer new tokens"
         )
-    return beginning + document[:room] + instruction, len(document) > room
+    return start + document[:room] + instruction, len(document) > room
 
 
 def lead(text: str, words: int = 75) -> str:
