@@ -228,7 +228,7 @@ def test_names_are_given_and_a_path_with_an_equals_sign_is_a_path(parent, speech
     assert [row["model"] for row in facts["models"]] == ["first", "a=b"]
 
 
-def test_lm_eval_runs_a_task_of_ones_own(converted, tmp_path, capsys):
+def test_lm_eval_runs_a_task_of_ones_own(converted, tmp_path, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -243,6 +243,12 @@ def test_lm_eval_runs_a_task_of_ones_own(converted, tmp_path, capsys):
     rows = answer(capsys, "eval", converted, *flags)["lm-eval"]
     assert [(row["task"], row["metric"], row["items"]) for row in rows] == [("own", "acc", 2)]
     assert rows[0]["value"] in (0, 0.5, 1)
+    monkeypatch.setattr("masformer.models.checkpoint.load", None)  # nor are weights read for what follows
+    docs[1]["text"] = "the " * POSITIONS
+    (tasks / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    assert f"do not fit into the model's {POSITIONS:,} positions" in refusal(capsys, 3, "eval", converted, *flags)
+    (tasks / "docs.jsonl").unlink()
+    assert "cannot load own, or the data" in refusal(capsys, 3, "eval", converted, *flags)
     flags[3] = "owm"
     assert "unknown task 'owm'" in refusal(capsys, 3, "eval", converted, *flags)
 

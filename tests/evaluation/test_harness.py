@@ -10,10 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from masformer.errors import InputError
 from masformer.evaluation import harness
-from masformer.evaluation.harness import check_tasks, run_tasks
+from masformer.evaluation.harness import Size, check_tasks, longest_request, run_tasks
+from masformer.evaluation.suites import Data, Settings, Subject, prepare
 from masformer.models.convert import applied
 from masformer.spans import SpanPlan
 
@@ -53,6 +55,18 @@ GROUP = """
 group: both
 task: [choice, choice_again]
 aggregate_metric_list: [{metric: acc}]
+"""
+SHUFFLED = """
+num_fewshot: 3
+fewshot_split: test
+process_docs: !function shuffle.shuffled
+"""
+SHUFFLE = """
+import random, numpy, torch
+
+def shuffled(docs):
+    some = lambda: random.randrange(9) + numpy.random.randint(9) + torch.randint(9, ()).item()
+    return docs.map(lambda doc: {"prompt": doc["prompt"] + " the" * some()}, load_from_cache_file=False)
 """
 METRIC_OF_THE_HUB = """
 output_type: generate_until
@@ -135,6 +149,14 @@ def tasks(tmp_path_factory, model, tokenizer):
             [{"prompt": prompt_of(3), **answer}, {"prompt": tokens_of(POSITIONS + more), **answer}],
         )
         add(f"generate_{name}", GENERATE, [{"prompt": tokens_of(POSITIONS - NEW + more), **answer}])
+    bos = {"prompt": "<s>" + tokens_of(4), "tail": "fox", "gold": "?"}  # what begins so gets no other begin token
+    add("tail_begin", TAIL, [bos, {"prompt": "", "tail": tokens_of(4)}, {"prompt": "the ", "tail": "fox"}])
+    add("generate_begin", GENERATE, [{"prompt": tokens_of(2), "gold": "?"}, bos])
+    add("shuffled", TAIL + SHUFFLED, tail_documents())
+    add("shuffled_generate", GENERATE + SHUFFLED, [{"prompt": prompt_of(2 + i, i), "gold": "?"} for i in range(5)])
+    (folder / "shuffle.py").write_text(SHUFFLE)
+    add("no_answer", TAIL.replace(" {{tail}}", "{{tail}}"), [{"prompt": "the", "tail": ""}])
+    add("no_prompts", TAIL.replace("{{prompt}}", "{{1 // number}}"), [{"number": n, "tail": "fox"} for n in (1, 0)])
     add("hub_metric", METRIC_OF_THE_HUB, [{"prompt": "the", "gold": "?"}])
     add("rolling", ROLLING, [{"tail": tokens_of(POSITIONS + 9)}])
     (folder / "both.yaml").write_text(GROUP)
@@ -268,6 +290,141 @@ def test_what_does_not_fit_is_refused_and_not_cut(local, tokenizer, tasks, kind,
     assert run_tasks(local, tokenizer, [f"{kind}_fits"], include=tasks)
     with pytest.raises(InputError, match=f"'{kind}_too_long': a prompt of {tokens}.* the model's 40 positions"):
         run_tasks(local, tokenizer, [f"{kind}_too_long"], batch=2, include=tasks)
+
+
+def subject_of(tokenizer, label="model", **changes):
+    """A model that must not be loaded."""
+
+    def load():
+        raise AssertionError("the weights were read")
+
+    config = small_llama(tokenizer, **{"max_position_embeddings": POSITIONS, **changes}).config
+    return Subject(label, label, config, SpanPlan.parse("full"), tokenizer, load)
+
+
+def prepared(tasks, *names, subjects, **rest):
+    return prepare(subjects, Settings(suites=("lm-eval",), harness=names, include=tasks, **rest), Data())
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("tail", "41 tokens and an answer of 1 tokens"), ("generate", "35 tokens and up to 6 generated")],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(tokenizer, tasks, kind, tokens):
+    fits, message = [f"{kind}_fits", "rolling"], f"'{kind}_too_long': a prompt of {tokens}.* the model's 40 positions"
+    (entries,) = prepared(tasks, *fits, subjects=[subject_of(tokenizer)])
+    assert [entry.task for entry in entries] == fits
+    with pytest.raises(InputError, match=message):
+        prepared(tasks, *fits, f"{kind}_too_long", subjects=[subject_of(tokenizer)])
+    if kind == "tail":  # its long document is the second one
+        prepared(tasks, "tail_too_long", subjects=[subject_of(tokenizer)], limit=1)
+
+
+def test_every_model_must_have_the_positions(tokenizer, tasks):
+    long = subject_of(tokenizer, "long", max_position_embeddings=POSITIONS + 1)
+    short = subject_of(small_tokenizer(), "short")
+    assert long.mark == short.mark
+    assert len(prepared(tasks, "tail_fits", subjects=[long, short])) == 2
+    for subjects in ([long, short], [short, long]):
+        with pytest.raises(InputError, match=r"'tail_too_long'.*the model's 40 positions"):
+            prepared(tasks, "tail_too_long", subjects=subjects)
+    prepared(tasks, "tail_too_long", subjects=[long])
+
+
+def test_a_tokenizer_that_names_other_special_tokens_is_looked_at_by_itself(tokenizer, tasks):
+    """Though it encodes alike: lm-eval needs an end token, and sees by the begin token whether a text has one."""
+    other = small_tokenizer()
+    other.eos_token = None
+    assert subject_of(tokenizer).mark == subject_of(other).mark
+    with pytest.raises(InputError, match="the tokenizer of other has no end token"):
+        prepared(tasks, "choice", subjects=[subject_of(tokenizer), subject_of(other, "other")])
+
+
+def with_begin_token(tokenizer):
+    """A tokenizer that puts it before every text, as Llama's does."""
+    begin = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin[0]} $A", pair=f"{begin[0]} $A $B", special_tokens=[begin]
+    )
+    return tokenizer
+
+
+def asked_of(model, monkeypatch):
+    """The positions of each call of the model, filled while it runs with a batch of one."""
+    positions, forward, generate = [], model.forward, model.generate
+
+    def spied_forward(input_ids=None, **rest):
+        positions.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **rest)
+
+    def spied_generate(input_ids, max_new_tokens, **rest):
+        positions.append(input_ids.shape[1] + max_new_tokens)
+        return generate(input_ids, max_new_tokens=max_new_tokens, **rest)
+
+    monkeypatch.setattr(model, "forward", spied_forward)
+    monkeypatch.setattr(model, "generate", spied_generate)
+    return positions
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize(
+    "name", ["choice", "tail", "tail_begin", "generate", "generate_begin", "both", "shuffled", "shuffled_generate"]
+)
+def test_what_is_counted_is_what_the_model_is_asked(tasks, name, begin, monkeypatch):
+    tokenizer = with_begin_token(small_tokenizer()) if begin else small_tokenizer()
+    model = small_llama(tokenizer, max_position_embeddings=999)
+    how = {"include": tasks, "seed": 3}
+    counted = longest_request(model.config, tokenizer, [name], **how)
+    random.random(), np.random.rand(), torch.rand(1)  # what else is drawn makes no difference
+    with monkeypatch.context() as patch:
+        asked = asked_of(model, patch)
+        run_tasks(model, tokenizer, [name], **how)
+    assert counted.positions == max(asked)
+    model.config.max_position_embeddings = counted.positions
+    counted.check(model.config)
+    assert run_tasks(model, tokenizer, [name], **how)
+    model.config.max_position_embeddings -= 1
+    messages = []
+    for refuses in (lambda: counted.check(model.config), lambda: run_tasks(model, tokenizer, [name], **how)):
+        with pytest.raises(InputError, match="nothing is cut") as caught:
+            refuses()
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_what_is_counted_depends_on_seed_and_limit(model, tokenizer, tasks):
+    sizes = {longest_request(model.config, tokenizer, ["shuffled"], include=tasks, seed=seed) for seed in range(4)}
+    assert len(sizes) > 1
+    assert longest_request(model.config, tokenizer, ["tail_too_long"], include=tasks, limit=1).positions < POSITIONS
+    assert longest_request(model.config, tokenizer, ["rolling"], include=tasks) is None
+    longest = longest_request(model.config, tokenizer, ["tail_too_long", "generate"], include=tasks)
+    assert longest == Size("tail_too_long", 1, POSITIONS + 1, 1, generated=False)
+
+
+def test_counting_prints_and_changes_nothing(model, tasks, capfd):
+    tokenizer = small_tokenizer()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    for name in ("shuffled", "shuffled_generate", "generate"):
+        longest_request(model.config, tokenizer, [name], include=tasks, seed=7)
+    assert capfd.readouterr() == ("", "")
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert tokenizer.pad_token is None
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("elsewhere", "cannot load elsewhere, or the data they need: .*nobody/nothing"),
+        ("hub_metric", "the metric 'bertscore' is a script of the Hub"),
+        ("no_prompts", "cannot make the prompts of no_prompts: ZeroDivisionError"),
+        ("no_answer", "task 'no_answer' has an answer of no tokens"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_weights_are_read(tokenizer, tasks, task, message):
+    with pytest.raises(InputError, match=message) as caught:
+        prepared(tasks, "choice", task, subjects=[subject_of(tokenizer)])
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_task_is_refused(tasks, tmp_path):

@@ -1,6 +1,8 @@
 """Run tasks of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness) on a model, converted or not.
 
     check_tasks(["hellaswag", "mine"], include=Path("tasks"))      needs no model
+    longest = longest_request(config, tokenizer, ["mine"], include=Path("tasks"))
+    longest.check(config)                                          nor does this; it refuses what would not fit
     rows = run_tasks(model, tokenizer, ["hellaswag", "mine"], include=Path("tasks"), batch=8)
 
 lm-eval cuts prompts that are too long for the model and scores what is left; here they are refused. Only rolling
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import functools
 import logging
@@ -23,12 +26,13 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from ..models.positions import max_positions
@@ -43,7 +47,7 @@ RESAMPLES = 1000
 def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
     """Refuse what is not the name of a task, group or tag, of lm-eval's own or of a YAML file in `include`.
 
-    Whether the data of a task can be had shows only when it is run. Takes about 5 s once in a process.
+    Whether the data of a task can be had shows only when it is loaded. Takes about 5 s once in a process.
 
     Raises:
         InputError: no name, an unknown one, an `include` that is not a folder, or lm-eval not installed.
@@ -57,6 +61,71 @@ def check_tasks(tasks: Sequence[str], include: Path | None = None) -> None:
             hint = f"is {' or '.join(near)} meant?" if near else "'lm-eval ls tasks' lists lm-eval's own"
             where = f" and {include}" if include else ""
             raise InputError(f"unknown task {task!r} among the {len(known):,} of lm-eval{where}: {hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a request of a task takes: the tokens of its prompt and of its answer, which is given or `generated`."""
+
+    task: str
+    document: int
+    prompt: int
+    answer: int
+    generated: bool
+
+    @property
+    def positions(self) -> int:
+        return self.prompt + self.answer - (not self.generated)  # the last given token is only predicted
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuse a request that does not fit into the positions of a model.
+
+        Raises:
+            InputError: it does not; nothing is ever cut.
+        """
+        most = max_positions(config)
+        if most is None or self.positions <= most:
+            return
+        more = f"up to {self.answer:,} generated ones" if self.generated else f"an answer of {self.answer:,} tokens"
+        raise InputError(
+            f"task {self.task!r}: a prompt of {self.prompt:,} tokens and {more} do not fit into the model's "
+            f"{most:,} positions (document {self.document}), and nothing is cut"
+        )
+
+
+def longest_request(
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    include: Path | None = None,
+    seed: int = 0,
+) -> Size | None:
+    """Of what `run_tasks` would ask with the same arguments, that which takes most positions, counted as there.
+
+    Needs no weights, but the data of the tasks. It is the same for all models whose tokenizers encode alike and have
+    the same special tokens. None: all texts are split into windows, which always fit.
+
+    Nothing is printed, and the tokenizer and the random states are left as they were.
+
+    Raises:
+        InputError: what `run_tasks` refuses, but for the length; or a task whose prompts cannot be made.
+    """
+    _refuse_arguments(tokenizer, tasks, limit, include)
+    from lm_eval.evaluator_utils import get_sample_size
+
+    with _quiet(), _no_code_of_the_hub(), _seeded(seed, torch.device("cpu")):
+        loaded = _load(tasks, include, seed)
+        lm = _wrappers()[1](SimpleNamespace(config=config, device=torch.device("cpu")), tokenizer, 1)
+        for name, task in loaded["tasks"].items():
+            try:  # what `lm_eval.evaluate` does
+                task.build_all_requests(limit=get_sample_size(task, limit), rank=lm.rank, world_size=lm.world_size)
+            except Exception as error:  # a task may run any code of its own
+                raise InputError(f"cannot make the prompts of {name}: {_line(error)}") from error
+            for kind in ("loglikelihood", "generate_until"):
+                getattr(lm, kind)([request for request in task.instances if request.request_type == kind])
+    return lm.longest
 
 
 def run_tasks(
@@ -87,73 +156,86 @@ def run_tasks(
         InputError: an unknown task, one whose data, metric or package cannot be had or that needs more than text, a
             prompt with its answer that is longer than the model has positions, or a tokenizer without end token.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit of {limit} documents leaves nothing to do: give 1 or more")
     if batch < 1:
         raise InputError(f"a batch of {batch} requests is impossible: give 1 or more")
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end token (eos_token), which lm-eval needs")
-    check_tasks(tasks, include)
+    _refuse_arguments(tokenizer, tasks, limit, include)
     from lm_eval import evaluate
 
     with _quiet(), _no_code_of_the_hub(), _one_process(), _seeded(seed, model.device), evaluating(model):
         loaded = _load(tasks, include, seed)
-        lm = _refusing()(model, tokenizer, batch)
+        lm = _wrappers()[0](model, tokenizer, batch)
         results = evaluate(lm, loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True)
     return list(_rows(results))
 
 
+def _refuse_arguments(tokenizer: Any, tasks: Sequence[str], limit: int | None, include: Path | None) -> None:
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit of {limit} documents leaves nothing to do: give 1 or more")
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end token (eos_token), which lm-eval needs")
+    check_tasks(tasks, include)
+
+
 @functools.cache
-def _refusing() -> Any:
-    """The class below, which needs lm-eval's."""
+def _wrappers() -> tuple[Any, Any]:
+    """The classes below, which need lm-eval's."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class Refusing(HFLM):
         """lm-eval's wrapper of a transformers model, which refuses what would not fit instead of cutting it."""
 
-        def __init__(self, model: PreTrainedModel, tokenizer: Any, batch: int) -> None:
+        def __init__(self, model: Any, tokenizer: Any, batch: int) -> None:
             tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token
             pad, rows = tokenizer.pad_token_id, model.config.vocab_size
             if pad is None or pad >= rows:  # lm-eval would invent one that the model has no embedding for
                 tokenizer.pad_token = tokenizer.eos_token
-            self.positions = max_positions(model.config) or UNLIMITED
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
                 backend="causal",
-                max_length=self.positions,
+                max_length=max_positions(model.config) or UNLIMITED,
                 batch_size=batch,
                 softmax_dtype=torch.float32,
                 trust_remote_code=False,
             )
 
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            self.asked = requests
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        def see(self, size: Size) -> None:
+            size.check(self.config)
 
-        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-            """`requests`: texts, tokens of the context, tokens of the continuation. Windows of a long text come too
-            and always fit."""
-            splits = set()
-            for i, (_, context, continuation) in enumerate(requests):
-                if len(context) + len(continuation) - 1 > self.positions:  # the last token is only predicted
-                    _refuse(self.positions, self.asked[i], len(context), f"an answer of {len(continuation):,} tokens")
+        def see_answers(self, requests: Any) -> None:
+            """`requests`: texts, tokens of the context, tokens of the continuation, for each that was asked."""
+            for asked, (_, context, continuation) in zip(self.asked, requests, strict=True):
                 if not continuation:
-                    raise InputError(f"task {self.asked[i].task_name!r} has an answer of no tokens")
-                splits.add(((*context, *continuation[:-1]), len(continuation)))
-            # lm-eval computes the same tokens once; where they are split differently it takes the wrong ones of them.
-            self.logits_cache = len({tokens for tokens, _ in splits}) == len(splits)
-            return super()._loglikelihood_tokens(requests, **kwargs)
+                    raise InputError(f"task {asked.task_name!r} has an answer of no tokens")
+                self.see(Size(asked.task_name, asked.doc_id, len(context), len(continuation), generated=False))
 
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        def see_prompts(self, requests: list[Any]) -> None:
             for request in requests:
                 prompt, kwargs = request.args
                 new = normalize_gen_kwargs(kwargs, self.max_gen_toks)["max_gen_toks"]
                 tokens = self.tok_batch_encode([prompt])[0].shape[1]
                 new = max(new, kwargs.get("max_length", 0) - tokens)
-                if tokens + new > self.positions:
-                    _refuse(self.positions, request, tokens, f"up to {new:,} generated ones")
+                self.see(Size(request.task_name, request.doc_id, tokens, new, generated=True))
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.asked = requests
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.asked = []
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+            if self.asked:  # windows of a long text come too and always fit
+                self.see_answers(requests)
+            splits = {((*context, *continuation[:-1]), len(continuation)) for _, context, continuation in requests}
+            # lm-eval computes the same tokens once; where they are split differently it takes the wrong ones of them.
+            self.logits_cache = len({tokens for tokens, _ in splits}) == len(splits)
+            return super()._loglikelihood_tokens(requests, **kwargs)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.see_prompts(requests)
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Any:
@@ -161,14 +243,23 @@ def _refusing() -> Any:
             new = max_length - context.shape[1]
             return super()._model_generate(context, max_length, stop, **{**kwargs, "max_new_tokens": new})
 
-    return Refusing
+    class Sizing(Refusing):
+        """The same without weights: `model` is only a config and a device. It encodes all requests but answers none,
+        and keeps what the longest takes."""
 
+        longest: Size | None = None
 
-def _refuse(positions: int, request: Any, prompt: int, more: str) -> None:
-    raise InputError(
-        f"task {request.task_name!r}: a prompt of {prompt:,} tokens and {more} do not fit into the model's "
-        f"{positions:,} positions (document {request.doc_id}), and nothing is cut"
-    )
+        def see(self, size: Size) -> None:
+            if self.longest is None or size.positions > self.longest.positions:
+                self.longest = size
+
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+            self.see_answers(requests)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.see_prompts(requests)
+
+    return Refusing, Sizing
 
 
 @functools.lru_cache(maxsize=1)
@@ -191,8 +282,7 @@ def _load(tasks: Sequence[str], include: Path | None, seed: int) -> Any:
     try:
         loaded = _manager(include).load(list(dict.fromkeys(tasks)))
     except Exception as error:  # a task may run any code of its own while it loads
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise InputError(f"cannot load {names}, or the data they need: {what}") from error
+        raise InputError(f"cannot load {names}, or the data they need: {_line(error)}") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"task {name!r} runs code that the model writes, which is not done here")
@@ -202,6 +292,10 @@ def _load(tasks: Sequence[str], include: Path | None, seed: int) -> Any:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     return loaded
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _rows(results: Any) -> Iterator[dict[str, Any]]:
@@ -283,12 +377,15 @@ def _one_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed Python, numpy and torch, and give each its random state back."""
+    """Seed Python, numpy and torch on the processor and on `device`, and give each its random state back."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device there is
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         try:
             yield
         finally:

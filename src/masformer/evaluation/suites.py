@@ -155,8 +155,8 @@ def prepare(
         say: called with a line for documents that were passed over, or that are fewer than were asked for.
 
     Raises:
-        InputError: documents or positions that do not suffice, a task that needs more tokens, models that cannot be
-            compared.
+        InputError: documents or positions that do not suffice, a task that needs more tokens or of lm-eval one whose
+            data cannot be had, models that cannot be compared.
     """
     if len({subject.label for subject in subjects}) < len(subjects):
         labels = [subject.label for subject in subjects]
@@ -166,16 +166,25 @@ def prepare(
         _refuse_incomparable(subjects)
     if "loss" in settings.suites and len({subject.mark for subject in subjects}) > 1:
         say("models of different tokenizers read different tokens: compare their bits per byte")
-    made: dict[tuple[str, str], list[Entry]] = {}
+    made: dict[tuple[Any, ...], list[Entry]] = {}
     work = []
     for subject in subjects:
         suites = [suite for suite in settings.suites if suite != "fidelity" or subject is not subjects[0]]
         check_positions(subject.config, max(settings.lengths, default=1))
+        kind = subject.mark, subject.tokenizer.bos_token, subject.tokenizer.eos_token  # lm-eval heeds these two
         for suite in suites:
-            if (suite, subject.mark) not in made:
-                made[suite, subject.mark] = SUITES[suite][0](subject, settings, data, say)
-        work.append([entry for suite in suites for entry in made[suite, subject.mark]])
+            if (suite, kind) not in made:
+                made[suite, kind] = SUITES[suite][0](subject, settings, data, say)
+        work.append([entry for suite in suites for entry in made[suite, kind]])
+        _refuse_long_prompts(subject, work[-1])
     return work
+
+
+def _refuse_long_prompts(subject: Subject, entries: list[Entry]) -> None:
+    """The tasks of lm-eval bring their own lengths: what models of one tokenizer share may fit one of them alone."""
+    for entry in entries:
+        if entry.suite == "lm-eval" and entry.what is not None:
+            entry.what.check(subject.config)
 
 
 def _refuse_incomparable(subjects: Sequence[Subject]) -> None:
@@ -333,12 +342,18 @@ def _measure_summary(loaded: Loaded, entries: list[Entry], settings: Settings) -
 
 
 def _harness_entries(subject: Subject, settings: Settings, data: Data, say: Say) -> list[Entry]:
-    from .harness import check_tasks  # an extra
+    """Each holds what its longest request takes, which every subject needs positions for (`prepare`)."""
+    from .harness import check_tasks, longest_request  # an extra
 
     check_tasks(settings.harness, settings.include)
     if subject.tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {subject.label} has no end token, which lm-eval needs")
-    return [Entry("lm-eval", task, 0, settings.limit or 0, 0, None) for task in settings.harness]
+    how: dict[str, Any] = {"limit": settings.limit, "include": settings.include, "seed": settings.seed}
+    entries = []
+    for task in settings.harness:
+        longest = longest_request(subject.config, subject.tokenizer, [task], **how)
+        entries.append(Entry("lm-eval", task, 0, settings.limit or 0, 0, longest))
+    return entries
 
 
 def _measure_harness(loaded: Loaded, entries: list[Entry], settings: Settings) -> Iterator[list[tuple[Entry, Record]]]:
