@@ -30,6 +30,7 @@ from .cli_output import (
     write_whole,
 )
 from .cli_plan import PlanFlags, cost_table, costed, described, in_one_line, in_words, pairs, percent, takes_plan
+from .cli_select import select
 from .cli_train import fetch, train
 from .errors import InputError
 from .spans import Full, SpanPlan
@@ -189,6 +190,7 @@ def _check_extension(model: str, length: int | None, method: str | None) -> None
 
 app.command()(train)
 app.command()(fetch)
+app.command()(select)
 app.command("eval")(takes_plan(evaluate))
 app.command()(report)
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +17,6 @@ from .cli_model import Debug, Device, Json, device_name, load_with_plan
 from .cli_output import UsageError, at_least, print_json, progress, say
 from .cli_plan import PlanFlags, in_words
 from .errors import InputError
-from .files import digest, sha256
 
 if TYPE_CHECKING:
     from .evaluation.suites import Data, Settings, Subject
@@ -63,6 +58,7 @@ def evaluate(
 
     Example: masformer eval MODEL OUT --data speeches.jsonl --lengths 1024,4096 --out runs/eval
     """
+    from .evaluation.facts import facts_of
     from .evaluation.results import Run
     from .evaluation.suites import evaluate as measure
     from .evaluation.suites import prepare
@@ -84,7 +80,7 @@ def evaluate(
         settings = _reduced(settings, subjects, data, given)
     documents = _data(data, settings)
     work = prepare(subjects, settings, documents, say)
-    facts = _facts(subjects, settings, data, documents, where)
+    facts = facts_of(subjects, settings, data, documents, where)
     with _folder(out) as folder:
         with Run.open(folder, facts, compared="fidelity" in settings.suites) as run:
             pairs = [(subject.label, e) for subject, entries in zip(subjects, work, strict=True) for e in entries]
@@ -116,18 +112,23 @@ def report(
 def _given(suite: str | None, lengths: str | None, items: int | None) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if suite is not None:
-        given["suites"] = _names("suite", suite)
+        given["suites"] = names_of("suite", suite)
     if lengths is not None:
-        try:
-            given["lengths"] = tuple(sorted({int(length) for length in _names("lengths", lengths)}))
-        except ValueError as error:
-            raise UsageError(f"cannot read --lengths {lengths!r}: write numbers like 1024,4096") from error
+        given["lengths"] = numbers_of("lengths", lengths)
     if items is not None:
         given["items"] = items
     return given
 
 
-def _names(option: str, text: str) -> tuple[str, ...]:
+def numbers_of(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers of an option, each once, ascending."""
+    try:
+        return tuple(sorted({int(number) for number in names_of(option, text)}))
+    except ValueError as error:
+        raise UsageError(f"cannot read --{option} {text!r}: write numbers like 1024,4096") from error
+
+
+def names_of(option: str, text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise UsageError(f"--{option} is empty")
@@ -182,7 +183,7 @@ def _settings(chosen: dict[str, Any], tasks: str | None, **rest: Any) -> Setting
     from .evaluation.suites import Settings
 
     if tasks is not None:
-        names = _names("tasks", tasks)
+        names = names_of("tasks", tasks)
         asked = [suite in chosen["suites"] for suite in ("recall", "lm-eval")]
         foreign = tuple(name for name in names if asked[1] and not (asked[0] and name in TASKS))
         own = tuple(name for name in names if name not in foreign)
@@ -220,58 +221,6 @@ def _subject(model: str, flags: PlanFlags, device: str) -> Subject:
     plan = flags.plan_for(len(own), own)
     tokenizer = load_tokenizer(source)
     return Subject(name, source, config, plan, tokenizer, lambda: load_with_plan(source, flags, device)[0])
-
-
-def _facts(
-    subjects: Sequence[Subject], settings: Settings, data: str | None, read: Data, device: str
-) -> dict[str, Any]:
-    """What run.json holds."""
-    texts = [[document.id, document.text] for document in read.documents]
-    extras = {"summary": "rouge-score", "lm-eval": "lm-eval"}
-    used = ["masformer", "torch", "transformers", *(extras[suite] for suite in settings.suites if suite in extras)]
-    versions = {name: metadata.version(name) for name in used}
-    own = settings.of_items()
-    if texts:
-        own["data"] = digest(texts)
-    if read.pairs:
-        own["summaries"] = digest([[pair.id, pair.text, pair.summary] for pair in read.pairs])
-    if settings.include is not None:
-        own["include"] = digest(
-            [[file.name, sha256(file)] for file in sorted(settings.include.iterdir()) if file.is_file()]
-        )
-    return {
-        "versions": {**versions, "python": platform.python_version()},
-        "device": device,
-        "data": data,
-        "settings": own,
-        "models": {subject.label: _about(subject, settings) for subject in subjects},
-        "commands": [shlex.join(["masformer", *sys.argv[1:]])],
-    }
-
-
-def _about(subject: Subject, settings: Settings) -> dict[str, Any]:
-    from .models.checkpoint import weights_digest
-    from .models.families import shape_of
-    from .spans import cost
-
-    dtype = subject.config.dtype
-    shape = shape_of(subject.config, kv_dtype_bytes=getattr(dtype, "itemsize", 2))
-    config = {name: value for name, value in subject.config.to_dict().items() if not name.startswith("_")}
-    generation = Path(subject.source, "generation_config.json")
-    parts = [
-        weights_digest(subject.source, subject.config),
-        digest(str(sorted(config.items()))),
-        subject.mark,
-    ]
-    parts += [sha256(generation)] if generation.is_file() else []
-    return {
-        "model": subject.source,
-        "plan": str(subject.plan),
-        "layers": len(subject.plan),
-        "dtype": str(dtype).removeprefix("torch."),
-        "identity": digest(parts),
-        "cost": {str(length): cost(shape, subject.plan, length).to_json() for length in settings.lengths},
-    }
 
 
 @contextlib.contextmanager
@@ -327,9 +276,9 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         [
             row.model,
             row.plan,
-            _estimate(row.nats, 3),
-            _estimate(row.difference, 3),
-            _estimate(row.recall, 0, percent=True),
+            estimate_in_words(row.nats, 3),
+            estimate_in_words(row.difference, 3),
+            estimate_in_words(row.recall, 0, percent=True),
             in_words(row.kv_bytes, "B") if row.kv_bytes is not None else "-",
         ]
         for row in made["models"]
@@ -341,7 +290,7 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         rows = [
             [
                 *(row.model, row.task, f"{row.length:,}", f"{row.items}"),
-                *(_estimate(row.score, 0, percent=True), f"{row.log_probability:.1f}", f"{row.rank:.1f}"),
+                *(estimate_in_words(row.score, 0, percent=True), f"{row.log_probability:.1f}", f"{row.rank:.1f}"),
             ]
             for row in made["recall"]
         ]
@@ -351,7 +300,7 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         rows = [
             [
                 *(row.model, f"{row.length:,}", f"{row.documents}"),
-                *(_estimate(row.scores[name], 3) for name in names),
+                *(estimate_in_words(row.scores[name], 3) for name in names),
                 f"{row.lead['rougeL']:.3f}",
             ]
             for row in made["summary"]
@@ -360,7 +309,12 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         yield "Summaries", headers, rows
     if made["fidelity"]:
         rows = [
-            [row.model, f"{row.length:,}", _estimate(row.kl, 4), _estimate(row.agreement, 1, percent=True)]
+            [
+                row.model,
+                f"{row.length:,}",
+                estimate_in_words(row.kl, 4),
+                estimate_in_words(row.agreement, 1, percent=True),
+            ]
             for row in made["fidelity"]
         ]
         yield "Fidelity to the first model", ["model", "tokens", "KL (nats)", "same first token"], rows
@@ -378,7 +332,7 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
         yield "lm-eval", ["model", "task", "metric", "value", "items"], rows
 
 
-def _estimate(estimate: Estimate | None, digits: int, *, percent: bool = False) -> str:
+def estimate_in_words(estimate: Estimate | None, digits: int, *, percent: bool = False) -> str:
     """`3.071 (3.021 to 3.120)`, without the interval where there is none."""
     if estimate is None:
         return "-"

@@ -6,13 +6,16 @@ whatever way the family hands its mask on, gradient checkpointing included.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..attention import Segments, UnsupportedSpan, attend
+from ..attention.softmax import Softmax
 from ..spans import Span
 
 NAME = "masformer"
@@ -20,6 +23,11 @@ NAME = "masformer"
 
 NOT_HONOURED = ("position_bias",)
 """Arguments of attention functions that change the result and that `attend` does not compute."""
+
+
+Watch = Callable[[Span, Callable[[Span], Tensor], Tensor, Tensor, Softmax], Tensor]
+"""What `watched` puts in the place of a layer's attention; its own span, attention over any span, and what both are
+computed from: queries and keys `[batch, heads or kv_heads, tokens, dim]`, and how their scores become weights."""
 
 
 class Current(threading.local):
@@ -55,24 +63,33 @@ def span_attention(
     for name in NOT_HONOURED:
         if kwargs.get(name) is not None:
             raise UnsupportedSpan(f"this model passes {name} to its attention, which spans do not honour")
-    out = attend(
-        query,
-        key,
-        value,
-        span,
-        scale=scaling,
-        segments=attention_mask,
-        dropout=dropout,
-        softcap=softcap,
-        sink_logits=s_aux,
-        eager=eager,
-    )
+    softmax = Softmax(scaling, dropout, softcap, s_aux, eager)
+
+    def over(other: Span) -> Tensor:
+        return attend(query, key, value, other, segments=attention_mask, **vars(softmax))
+
+    watch: Watch | None = getattr(module, "watch", None)
+    out = over(span) if watch is None else watch(span, over, query, key, softmax)
     return out.transpose(1, 2).contiguous(), None
 
 
 def documents_as_mask(**kwargs: Any) -> Segments | None:
     """The mask function: documents and padding instead of a mask over pairs, which is never made."""
     return current.segments
+
+
+@contextlib.contextmanager
+def watched(modules: Sequence[nn.Module], watches: Sequence[Watch]) -> Iterator[None]:
+    """Inside the block each of these attention modules of a converted model computes what its `Watch` returns:
+    `[batch, heads, tokens, value dim]`.
+    """
+    for module, watch in zip(modules, watches, strict=True):
+        module.watch = watch  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("watch", None)
 
 
 AttentionInterface.register(NAME, span_attention)

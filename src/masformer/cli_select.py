@@ -1,0 +1,234 @@
+"""The command that chooses which layers stay full: `select`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .cli_eval import estimate_in_words, names_of, numbers_of
+from .cli_model import Debug, Device, Json, Model, device_name
+from .cli_output import UsageError, at_least, print_json, say
+from .cli_plan import in_words
+from .spans import Block, PlanError, Span, Window
+
+if TYPE_CHECKING:
+    from .selection.space import Budget
+    from .spans import ModelShape
+
+DTYPES = ("float32", "bfloat16", "float16")
+BUDGETS = ("full", "kv_bytes", "flops", "within")
+BY_COST = ("kv_bytes", "flops")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectFlags:
+    """The budgets and the local spans, as they were typed."""
+
+    budget: str
+    amounts: tuple[float, ...]
+    at: int | None
+    local: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, typed: dict[str, str | None], at: int | None, local: tuple[Span, ...]) -> SelectFlags:
+        given = [name for name in BUDGETS if typed[name] is not None]
+        if len(given) != 1:
+            raise UsageError("give one kind of budget: --full, --kv-bytes, --flops or --within")
+        [budget] = given
+        if at is not None and budget not in BY_COST:
+            raise UsageError("--at says at which length --kv-bytes or --flops hold")
+        option, text = budget.replace("_", "-"), typed[budget] or ""
+        try:
+            amounts = tuple(sorted({float(part) for part in names_of(option, text)}))
+        except ValueError as error:
+            raise UsageError(f"cannot read --{option} {text!r}: write a number, or several like 4,8") from error
+        if not all(0 <= amount < float("inf") for amount in amounts):
+            raise UsageError(f"--{option} must be 0 or more, got {text}")
+        if budget == "full" and any(amount != int(amount) for amount in amounts):
+            raise UsageError(f"--full counts layers, got {text}")
+        return cls(budget=budget, amounts=amounts, at=at, local=local)
+
+    def budgets(self, shape: ModelShape, positions: int | None) -> tuple[Budget, ...]:
+        from .selection.space import flops_budget, full_budget, kv_budget, nats_budget
+
+        if self.budget == "full":
+            return tuple(full_budget(int(amount)) for amount in self.amounts)
+        if self.budget == "within":
+            return tuple(nats_budget(amount) for amount in self.amounts)
+        length = self.at or positions
+        if length is None:
+            raise UsageError("the model has no maximum of positions: say --at which length the budget holds")
+        make = kv_budget if self.budget == "kv_bytes" else flops_budget
+        return tuple(make(shape, amount, length) for amount in self.amounts)
+
+
+def local_spans(
+    block: int | None, window: int | None, lookback: int | None, sinks: int | None, sizes: str | None
+) -> tuple[Span, ...]:
+    """The spans that a local layer may get, ascending."""
+    if (block is None) == (window is None):
+        raise UsageError("say what local layers see: either --block or --window")
+    if lookback is not None and block is None:
+        raise UsageError("--lookback needs --block")
+    every = sorted({block or window or 0, *(numbers_of("sizes", sizes) if sizes is not None else ())})
+    try:
+        if block is not None:
+            return tuple(Block(size, lookback or 0, sinks or 0) for size in every)
+        return tuple(Window(size, sinks or 0) for size in every)
+    except PlanError as error:
+        raise UsageError(str(error)) from error
+
+
+def select(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Documents, half to choose by and half to try the choices on.")],
+    out: Annotated[Path, typer.Option(help="Folder for everything; the same command goes on there.")],
+    held_out: Annotated[str | None, typer.Option(help="Other documents to try the choices on.")] = None,
+    full: Annotated[str | None, typer.Option(help="Budget: so many full layers; 4,8 chooses for each.")] = None,
+    kv_bytes: Annotated[str | None, typer.Option(help="Budget: bytes of KV cache --at a length.")] = None,
+    flops: Annotated[str | None, typer.Option(help="Budget: attention FLOPs of a forward --at a length.")] = None,
+    within: Annotated[str | None, typer.Option(help="As few full layers as stay within so many nats.")] = None,
+    at: Annotated[int | None, typer.Option(callback=at_least(1), help="Tokens; the model's positions.")] = None,
+    block: Annotated[int | None, typer.Option(help="Local layers see their block of this many tokens.")] = None,
+    lookback: Annotated[int | None, typer.Option(help="Whole blocks seen before the own one.")] = None,
+    window: Annotated[int | None, typer.Option(help="Local layers see this many last tokens.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens that every token sees.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="More sizes that a local layer may get: 512,1024.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods, or the groups rules, scores, searches.")] = (
+        "rules,recall,backward"
+    ),
+    length: Annotated[int, typer.Option(callback=at_least(512), help="Tokens of what is chosen by.")] = 2048,
+    probes: Annotated[int, typer.Option(callback=at_least(1), help="Recall items to choose by.")] = 8,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of held-out items; as --length.")] = None,
+    items: Annotated[int, typer.Option(callback=at_least(1), help="Held-out items of a task and length.")] = 10,
+    tasks: Annotated[str | None, typer.Option(help="Held-out recall tasks, those of eval.")] = None,
+    train_steps: Annotated[
+        int, typer.Option(callback=at_least(0), help="Train each choice so long and try it again.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of documents, items and draws.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
+    workers: Annotated[int, typer.Option(callback=at_least(1), help="Processes that measure.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Measure on a Ray cluster: its address, or local.")] = None,
+    device: Device = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Choose which layers stay full: measured, searched, and tried on documents and tasks that had no say.
+
+    Example: masformer select MODEL --data speeches.jsonl --full 4 --window 128 --sinks 4 --out runs/select
+    """
+    spans = local_spans(block, window, lookback, sinks, sizes)
+    typed = {"full": full, "kv_bytes": kv_bytes, "flops": flops, "within": within}
+    flags = SelectFlags.of(typed, at, spans)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"unknown --dtype {dtype!r}: choose of {', '.join(DTYPES)}")
+    where = device_name(device)
+
+    import torch
+
+    from .evaluation.suites import Settings
+    from .models.checkpoint import load_config
+    from .models.families import shape_of
+    from .models.positions import max_positions
+    from .models.tokenizer import quiet
+    from .selection.choice import Asked
+    from .selection.methods import named
+    from .selection.run import select as run
+    from .selection.trial import TASKS, Trial
+
+    quiet()
+    config, _ = load_config(model)
+    kind = getattr(torch, dtype) if dtype is not None else getattr(config, "dtype", None) or torch.float32
+    shape = shape_of(config, kv_dtype_bytes=kind.itemsize)
+    asked = Asked(
+        model=model,
+        local=spans,
+        budgets=flags.budgets(shape, max_positions(config)),
+        methods=named(names_of("methods", methods)),
+        length=length,
+        probes=probes,
+        seed=seed,
+        dtype=kind,
+        device=where,
+    )
+    settings = Settings(
+        suites=("loss", "recall"),
+        lengths=numbers_of("lengths", lengths) if lengths is not None else (length,),
+        items=items,
+        tasks=names_of("tasks", tasks) if tasks is not None else TASKS,
+        seed=seed,
+    )
+    chosen_by, others = _documents(data, held_out, seed)
+    trial = Trial(
+        model=model,
+        documents=others,
+        chosen_by=chosen_by,
+        settings=settings,
+        data=held_out or data,
+        dtype=kind,
+        device=where,
+    )
+    with _shown() as show:
+        outcome = run(asked, trial, out, train_steps=train_steps, processes=workers, ray=ray, say=say, progress=show)
+    _print(out, outcome, json)
+
+
+def _documents(data: str, held_out: str | None, seed: int) -> tuple[list[Any], list[Any]]:
+    from .data.documents import read_documents
+    from .selection.choice import drawn
+
+    return drawn(read_documents(data), None if held_out is None else read_documents(held_out), seed)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[str, int], None]]:
+    """What is going on, on stderr if that is a terminal."""
+    with Console(stderr=True).status("choosing") as status:
+        done: dict[str, int] = {}
+
+        def show(what: str, more: int) -> None:
+            done[what] = done.get(what, 0) + more
+            unit = "plans on a probe" if what == "choosing" else "tokens"
+            status.update(f"{what}: {done[what]:,} {unit}")
+
+        yield show
+
+
+def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
+    """Every choice with what it measures on the probes and on held-out data."""
+    from .report.runs import read_results
+    from .report.tables import overview
+
+    held_out = {row.model: row for row in overview(read_results([out / "held-out"]))}
+    if json:
+        rows = {name: dataclasses.asdict(row) for name, row in held_out.items()}
+        print_json({"out": str(out), **outcome, "held_out": rows})
+        return
+    for budget in outcome["budgets"]:
+        headers = ["method", "full layers", "nats on probes", "KV", "held-out nats/token", "to the parent", "recall"]
+        if outcome["train_steps"]:
+            headers += ["trained: nats/token", "recall"]
+        table = Table(*headers, title=f"{budget['words']}: chosen by {budget['chosen']}", title_justify="left")
+        rows = {"parent": outcome["parent"], "all local": outcome["local"], **budget["plans"]}
+        for name, row in sorted(rows.items(), key=lambda item: item[1]["nats"]):
+            cells = [name, row["label"].removeprefix("full "), f"{row['nats']:.3f}"]
+            cells.append(in_words(row["cost"]["kv_bytes_held"], "B"))
+            found = held_out[row["label"]]
+            cells += [estimate_in_words(found.nats, 3), estimate_in_words(found.difference, 3)]
+            cells.append(estimate_in_words(found.recall, 0, percent=True))
+            if outcome["train_steps"]:
+                trained = held_out[f"{row['label']}, trained"]
+                cells += [estimate_in_words(trained.nats, 3), estimate_in_words(trained.recall, 0, percent=True)]
+            table.add_row(*cells)
+        Console().print(table)
+    for budget in outcome["budgets"]:
+        best = budget["plans"][budget["chosen"]]
+        say(f"{budget['words']}: --plan {best['plan']}")
+    say(f"{out} holds the results; masformer report {out} makes a page of them")

@@ -1,0 +1,1 @@
+"""Which layers of a model stay full, under a budget: measured, searched, and tried on held-out data."""

@@ -1,0 +1,250 @@
+"""The choice itself: every method's plan for every budget, with what it costs and what it measures on the probes.
+
+prepared = prepare(Asked(model="models/smollm2", local=(Window(128, sinks=4),), ...), documents, folder)
+outcome = choose(prepared, store)
+outcome["budgets"][0]["chosen"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..data.documents import Document
+from ..data.seeds import generator
+from ..errors import InputError, ResourceError
+from ..files import digest
+from ..models.checkpoint import load, load_config, weights_digest
+from ..models.convert import convert
+from ..models.families import native_plan, shape_of
+from ..models.positions import check_positions
+from ..models.tokenizer import load_tokenizer
+from ..spans import ModelShape, Span, SpanPlan, cost
+from .bench import Bench, measure_probe
+from .methods import METHODS, Method, Task
+from .probes import Probe, document_probes, recall_probe, recall_sequences
+from .score import SCORES
+from .space import Budget, Space
+from .store import Store
+from .workers import loaded_from
+
+CORPORA = "corpora"
+KEPT, PROGRAM = 16, 600_000_000
+"""Hidden states' worth of what a layer keeps for a backward pass; bytes of the program itself and its libraries."""
+MOST_DOCUMENTS = 100
+"""How many documents of each half are used at most."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be chosen, and how.
+
+    model: a folder, hub id or GGUF file of a model that is not converted.
+    local: spans of the layers that are not full, ascending; several with methods that choose among sizes.
+    budgets: for each of which every method chooses.
+    methods: names of `METHODS`. length: tokens of the probes. probes: recall items; a quarter as many documents.
+    dtype: what the model is measured in. device: where.
+    """
+
+    model: str
+    local: tuple[Span, ...]
+    budgets: tuple[Budget, ...]
+    methods: tuple[Method, ...]
+    length: int
+    probes: int = 8
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if len(self.local) > 1 and (wrong := [method.name for method in self.methods if not method.sizes]):
+            able = [name for name, method in METHODS.items() if method.sizes]
+            raise InputError(f"{wrong[0]} chooses which layers are full, not among sizes: use {', '.join(able)}")
+        if len(self.local) > 1 and any(budget.counts for budget in self.budgets):
+            raise InputError("with several sizes the budget must be one of KV bytes or FLOPs: layers differ in cost")
+
+
+def drawn(
+    documents: Sequence[Document], held_out: Sequence[Document] | None, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Documents to choose by, and others to try the choices on: at random, at most a hundred of each.
+
+    Args:
+        held_out: where the others are drawn from; None takes half of `documents`.
+
+    Raises:
+        InputError: a single document for both.
+    """
+    shuffled = _shuffled(documents, seed)
+    if held_out is not None:
+        return shuffled[:MOST_DOCUMENTS], _shuffled(held_out, seed)[:MOST_DOCUMENTS]
+    if len(documents) < 2:
+        raise InputError("one document cannot be both chosen by and tried on: give more, or --held-out ones")
+    half = min(len(shuffled) // 2, MOST_DOCUMENTS)
+    return shuffled[:half], shuffled[half : 2 * half]
+
+
+def _shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
+    return [documents[number] for number in generator("selection", seed).permutation(len(documents))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything but the weights; what cannot be done was refused."""
+
+    asked: Asked
+    shape: ModelShape
+    space: Space
+    probes: list[Probe]
+    items: Any
+    identity: str
+
+    def memory(self, processes: int) -> int:
+        """Bytes: weights in each process, and the states of all layers for a probe, twice for what is computed on."""
+        asked, shape = self.asked, self.shape
+        states = 2 * shape.layers * asked.length * shape.hidden
+        gradients = KEPT * states if any(method.learns for method in asked.methods) else 0
+        return PROGRAM * processes + (shape.parameters + states) * asked.dtype.itemsize * processes + gradients
+
+    def refuse_too_large(self, processes: int) -> None:
+        """Raise a ResourceError if memory does not hold the search.
+
+        Raises:
+            ResourceError: with what is needed and what there is.
+        """
+        gpu = self.asked.device.startswith("cuda")
+        free = torch.cuda.mem_get_info(self.asked.device)[0] if gpu else psutil.virtual_memory().available
+        needed = self.memory(processes)
+        if needed > free:
+            raise ResourceError(
+                f"the search needs about {needed / 1e9:.1f} GB of {'GPU ' if gpu else ''}memory and "
+                f"{free / 1e9:.1f} GB are free: use fewer processes, shorter probes, or --dtype bfloat16"
+            )
+
+    def forwards(self) -> float:
+        """How many forwards of a probe the methods take at most, under the parent's spans."""
+        asked, layers, probes = self.asked, len(self.space.layers), len(self.probes)
+        counts = [budget.count(self.space) for budget in asked.budgets]
+        searches = sum(method.effort(layers, count, probes) for method in asked.methods for count in counts)
+        return probes * (2 + len(asked.methods) * len(counts)) + searches
+
+
+def prepare(asked: Asked, documents: Sequence[Document], folder: Path) -> Prepared:
+    """Read config and tokenizer and make the probes.
+
+    Args:
+        documents: those to choose by. folder: gets their tokens.
+
+    Raises:
+        InputError: a converted model, a length beyond its positions or that no document has, a budget that cannot be.
+    """
+    config, own = load_config(asked.model)
+    if own != native_plan(config):
+        raise InputError(f"{asked.model} is converted already ({own}): select for its parent, and train that")
+    space = Space.of(own, asked.local)
+    for budget in asked.budgets:
+        budget.check(space)
+    check_positions(config, asked.length)
+    tokenizer = load_tokenizer(asked.model)
+    items = recall_sequences(tokenizer, documents, folder / CORPORA, length=asked.length, seed=asked.seed)
+    probes = [recall_probe(items, number) for number in range(asked.probes)]
+    count = max(1, asked.probes // 4)
+    probes += document_probes(tokenizer, documents, length=asked.length, count=count)
+    known = [weights_digest(asked.model, config), digest(config.to_json_string()), str(asked.dtype), asked.device]
+    shape = shape_of(config, kv_dtype_bytes=asked.dtype.itemsize)
+    return Prepared(asked, shape, space, probes, items, digest(known)[:16])
+
+
+def choose(
+    prepared: Prepared,
+    store: Store,
+    *,
+    executor: Executor | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: Callable[[int], Any] = lambda plans: None,
+) -> dict[str, Any]:
+    """JSON: `scores` by method, `parent` and `local`, and for each of `budgets` the `plans` by method with what they
+    cost and measure on the probes, and which is `chosen`: the one that measures best; held-out data has no say.
+
+    Raises:
+        InputError: a budget within which no method has a plan.
+    """
+    asked, space = prepared.asked, prepared.space
+    model = load(asked.model, dtype=asked.dtype, device=asked.device)
+    convert(model, space.mixed(space.layers[::2]), check=True)  # once: all plans differ from it by numbers alone
+    bench = Bench(
+        model,
+        prepared.probes,
+        store=store,
+        identity=prepared.identity,
+        executor=executor,
+        loaded=loaded_from(asked.model, asked.dtype, asked.device),
+        progress=progress,
+    )
+    minutes = prepared.forwards() * _seconds(bench) / 60
+    say(f"about {minutes:.0f} minutes to choose at most, less what was measured before")
+    tasks = [Task(bench, space, budget, prepared.items, asked.seed) for budget in asked.budgets]
+    names = [method.name for method in asked.methods if method.kind == "score"]
+    return {
+        "budgets": [_for_budget(prepared, task, say) for task in tasks],
+        "scores": {name: tasks[0].scores(SCORES[name]) for name in names},
+        "parent": _row(prepared, bench, space.parent),
+        "local": _row(prepared, bench, space.shortest),
+    }
+
+
+def _for_budget(prepared: Prepared, task: Task, say: Callable[[str], Any]) -> dict[str, Any]:
+    rows: dict[str, dict[str, Any]] = {}
+    for method in prepared.asked.methods:
+        plan = method.choose(task)
+        if plan is None:
+            say(f"{task.budget.words}, {method.name}: no plan")
+            continue
+        rows[method.name] = _row(prepared, task.bench, plan)
+        say(f"{task.budget.words}, {method.name}: {label_of(plan, task.space)}, {rows[method.name]['nats']:.3f} nats")
+    if not rows:
+        names = ", ".join(method.name for method in prepared.asked.methods)
+        raise InputError(f"none of {names} has a plan within {task.budget.words}")
+    return {"words": task.budget.words, "chosen": min(rows, key=lambda name: rows[name]["nats"]), "plans": rows}
+
+
+def _seconds(bench: Bench) -> float:
+    """Of one forward of a probe under the parent."""
+    probe = bench.probes[0]
+    started = time.perf_counter()
+    measure_probe(bench.model, probe, [], bench.parent)
+    return time.perf_counter() - started
+
+
+def _row(prepared: Prepared, bench: Bench, plan: SpanPlan) -> dict[str, Any]:
+    asked = prepared.asked
+    measured = bench.measure([plan])[0]
+    own = cost(prepared.shape, plan, asked.length)
+    return {
+        "plan": str(plan),
+        "label": label_of(plan, prepared.space),
+        "full_layers": list(plan.full_layers),
+        **measured.to_json(),
+        "by_probe": bench.recall_by_probe(plan),
+        "cost": own.to_json(),
+    }
+
+
+def label_of(plan: SpanPlan, space: Space) -> str:
+    """What a plan is called among the held-out results: the same for two methods that chose the same."""
+    if plan == space.parent:
+        return "parent"
+    if plan == space.shortest:
+        return "all local"
+    return f"full {_listed(plan)}" if plan == space.mixed(plan.full_layers) else str(plan)
+
+
+def _listed(plan: SpanPlan) -> str:
+    return ",".join(map(str, plan.full_layers)) or "none"

@@ -1,0 +1,144 @@
+"""A selection from beginning to end, in one folder: choose, then try every distinct plan on held-out data.
+
+    outcome = select(asked, trial, Path("runs/select"))
+
+The folder gets `selection.json` (what `choice.choose` returns, and what was asked), `measured.jsonl` (`store.py`), and
+in `held-out` an evaluation that `masformer report` shows. The same call goes on where one was cut off; methods and
+budgets that are asked for later are added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, InputError
+from ..files import difference, disk_errors
+from ..spans import SpanPlan
+from .choice import Asked, Prepared, choose, prepare
+from .methods import named
+from .store import Store
+from .trial import Trial, try_out, try_trained
+from .workers import workers
+
+FILE, STORE = "selection.json", "measured.jsonl"
+FORMAT = 1
+FRESH = {STORE, "corpora"}
+"""What may lie in the folder before the first outcome does."""
+
+Show = Callable[[str, int], Any]
+
+
+def select(
+    asked: Asked,
+    trial: Trial,
+    folder: Path,
+    *,
+    train_steps: int = 0,
+    processes: int = 1,
+    ray: str | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: Show = lambda what, done: None,
+) -> dict[str, Any]:
+    """What `selection.json` holds.
+
+    Args:
+        train_steps: of a training of each distinct plan, the parent and all local among them, after which it is tried
+            again; 0 for none.
+        processes, ray: see `workers`.
+        progress: called with what is going on and how many tokens of held-out data, or plans, were measured since.
+
+    Raises:
+        InputError, ResourceError: what was asked for cannot be done, or the folder holds something else.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(folder)
+    asked = _with_earlier(asked, folder)
+    prepared = prepare(asked, trial.chosen_by, folder)
+    prepared.refuse_too_large(processes)
+    facts = _facts(prepared)
+    _refuse_other(folder, facts)
+    with Store.open(folder / STORE) as store:
+        with workers(processes, ray) as executor:
+            outcome = choose(
+                prepared, store, executor=executor, say=say, progress=lambda plans: progress("choosing", plans)
+            )
+        outcome = {"format": FORMAT, "facts": facts, "train_steps": train_steps, **outcome}
+        write(folder, outcome)
+        plans = distinct(outcome)
+        try_out(trial, plans, folder, progress)
+        if train_steps:
+            try_trained(trial, plans, folder, steps=train_steps, say=say, progress=progress)
+    return outcome
+
+
+def distinct(outcome: dict[str, Any]) -> dict[str, SpanPlan]:
+    """The plans of an outcome by their labels: the parent, all local, and each choice once."""
+    rows = [outcome["parent"], outcome["local"]]
+    rows += [row for budget in outcome["budgets"] for row in budget["plans"].values()]
+    return {row["label"]: SpanPlan.parse(row["plan"]) for row in rows}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The outcome in a folder.
+
+    Raises:
+        InputError: none there. CorruptError: one that cannot be read.
+    """
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise InputError(f"{folder} is of format {found['format']}, this program reads {FORMAT}")
+    except OSError as error:
+        raise InputError(f"{folder} holds no selection: {FILE}: {error.strerror}") from error
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise CorruptError(f"{folder / FILE} is damaged: delete it, what was measured is kept") from error
+    return dict(found)
+
+
+def write(folder: Path, outcome: dict[str, Any]) -> None:
+    """`selection.json`, whole or as it was."""
+    part = folder / f"{FILE}.part"
+    with disk_errors(folder):
+        part.write_text(json.dumps(outcome, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(folder / FILE)
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What may not change while a folder is gone on with."""
+    asked = prepared.asked
+    return {
+        "model": asked.model,
+        "identity": prepared.identity,
+        "local": [str(span) for span in asked.local],
+        "length": asked.length,
+        "probes": [probe.key for probe in prepared.probes],
+        "seed": asked.seed,
+        "dtype": str(asked.dtype).removeprefix("torch."),
+        "device": asked.device,
+    }
+
+
+def _with_earlier(asked: Asked, folder: Path) -> Asked:
+    """With the methods that were asked for before: their results are kept, so they take no time."""
+    if not (folder / FILE).exists():
+        return asked
+    earlier = {name for budget in read(folder)["budgets"] for name in budget["plans"]}
+    return dataclasses.replace(asked, methods=named([*earlier, *(method.name for method in asked.methods)]))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    found = {file.name for file in folder.iterdir()}
+    if FILE not in found and found - FRESH - {f"{FILE}.part"}:
+        raise InputError(f"{folder} is not empty and holds no selection: name a new folder")
+
+
+def _refuse_other(folder: Path, facts: dict[str, Any]) -> None:
+    if (folder / FILE).exists() and (what := difference(read(folder)["facts"], facts)):
+        raise InputError(f"{folder} holds another selection ({what}): name a new folder")

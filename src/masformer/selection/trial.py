@@ -1,0 +1,166 @@
+"""Chosen plans tried on held-out data: the loss of other documents and recall tasks of another kind than the probes.
+
+    try_out(trial, plans, folder)                    as they are
+    try_trained(trial, plans, folder, steps=20)      after an equal short training of each
+
+Both write to one evaluation in `folder/held-out`, which goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..data.documents import Document
+from ..errors import InputError
+from ..evaluation.facts import facts_of
+from ..evaluation.results import Run, key_of, read_run
+from ..evaluation.suites import Data, Entry, Settings, Subject, evaluate, prepare
+from ..files import digest, disk_errors
+from ..models.checkpoint import load, load_config
+from ..models.convert import convert
+from ..models.tokenizer import load_tokenizer
+from ..spans import SpanPlan
+
+HELD_OUT, TRAINING, TEXTS, TRAINED = "held-out", "training", "documents.jsonl", "trained"
+TASKS = ("passkey", "niah_multikey", "kv_retrieval")
+"""Recall tasks that choices are tried on if no others are named."""
+BATCH_SHARE = 0.25
+"""Share of recall items in the short training."""
+
+Plans = Mapping[str, SpanPlan]
+"""Distinct plans by their label."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The model, the held-out documents and what is measured on them.
+
+    chosen_by: the documents that plans were chosen by, on which they are trained.
+    """
+
+    model: str
+    documents: Sequence[Document]
+    chosen_by: Sequence[Document]
+    settings: Settings
+    data: str
+    dtype: torch.dtype
+    device: str
+
+    def subject(self, label: str, plan: SpanPlan, source: str | None = None) -> Subject:
+        """A plan on the model, or on the trained weights in a folder."""
+        source = self.model if source is None else source
+        config = copy.copy(load_config(self.model)[0])
+        config.dtype = self.dtype
+
+        def loaded() -> PreTrainedModel:
+            model = load(source, dtype=self.dtype, device=self.device)
+            return convert(model, plan, check=False)
+
+        return Subject(label, source, config, plan, load_tokenizer(self.model), loaded)
+
+
+Progress = Callable[[str, int], Any]
+
+
+def try_out(trial: Trial, plans: Plans, folder: Path, progress: Progress = lambda label, tokens: None) -> None:
+    """Measure every plan, untrained."""
+    _evaluate(trial, [trial.subject(label, plan) for label, plan in plans.items()], folder, progress)
+
+
+def entries_of(trial: Trial, subjects: Sequence[Subject], say: Callable[[str], Any] = lambda line: None) -> list[Entry]:
+    """What is measured of every subject, the same for all."""
+    entries = prepare(subjects, trial.settings, Data(trial.documents), say)
+    return entries[0]
+
+
+def _evaluate(trial: Trial, subjects: Sequence[Subject], folder: Path, progress: Progress) -> None:
+    data = Data(trial.documents)
+    work = prepare(subjects, trial.settings, data)
+    facts = facts_of(subjects, trial.settings, trial.data, data, trial.device)
+    with Run.open(folder / HELD_OUT, facts) as run:
+        evaluate(subjects, work, trial.settings, run, progress)
+
+
+def try_trained(
+    trial: Trial,
+    plans: Plans,
+    folder: Path,
+    *,
+    steps: int,
+    say: Callable[[str], Any] = lambda line: None,
+    progress: Progress = lambda label, tokens: None,
+) -> None:
+    """Train the model under every plan for as many steps on the same tokens, and measure it.
+
+    Weights are deleted once they are measured; `metrics.jsonl` of each training stays.
+    """
+    texts = folder / TEXTS
+    lines = [json.dumps({"id": each.id, "text": each.text}, ensure_ascii=False) + "\n" for each in trial.chosen_by]
+    with disk_errors(texts):
+        texts.write_text("".join(lines), encoding="utf-8")
+    for label, plan in plans.items():
+        name = f"{label}, {TRAINED}"
+        if _measured(trial, name, plan, folder):
+            continue
+        say(f"training {label}, {steps} steps")
+        target = (
+            folder / TRAINING / f"{label.replace(' ', '-').replace(',', '-')[:60]}-{digest([str(plan), steps])[:6]}"
+        )
+        checkpoint = _trained(trial, plan, texts, folder, target, steps)
+        _evaluate(trial, [trial.subject(name, plan, str(checkpoint))], folder, progress)
+        shutil.rmtree(checkpoint)
+
+
+def _measured(trial: Trial, label: str, plan: SpanPlan, folder: Path) -> bool:
+    """Whether all results of a model are there."""
+    try:
+        _, records = read_run(folder / HELD_OUT)
+    except InputError:
+        return False
+    done = {key_of(record) for record in records}
+    return all(entry.key(label) in done for entry in entries_of(trial, [trial.subject(label, plan)]))
+
+
+def _trained(trial: Trial, plan: SpanPlan, texts: Path, folder: Path, target: Path, steps: int) -> Path:
+    """The checkpoint after the training."""
+    try:
+        from ..training.recipe import Recipe
+        from ..training.run import train
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs {error.name}: pip install 'masformer[train]'") from error
+    recipe = Recipe.model_validate(
+        {
+            "model": trial.model,
+            "output": str(target),
+            "plan": str(plan),
+            "data": {
+                "documents": str(texts),
+                "held_out": 1,
+                "lengths": min(trial.settings.lengths),
+                "recall": {"share": BATCH_SHARE, "loss_on": "answer"},
+                "cache": str(folder / "corpora"),
+            },
+            "training": {
+                "steps": steps,
+                "learning_rate": 1e-4,
+                "warmup_steps": max(1, steps // 10),
+                "precision": "bf16" if trial.dtype == torch.bfloat16 else "fp32",
+                "seed": trial.settings.seed,
+            },
+            "evaluation": {"every": steps, "sequences": 1},
+            "saving": {"every": max(10, steps // 4), "keep": 1},
+        }
+    )
+    result = train(recipe, cpu=trial.device == "cpu", say=lambda line: None)
+    if result["signal"]:
+        raise KeyboardInterrupt
+    return Path(result["checkpoint"])

@@ -1,0 +1,78 @@
+"""Where plans are measured: in this process, in several of this machine, or on the machines of a Ray cluster.
+
+with workers(4) as executor: bench = Bench(..., executor=executor, loaded=loaded_from("models/smollm2", dtype, "cpu"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from ..models.checkpoint import load
+
+
+def loaded_from(source: str, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:
+    """A function that any process can call for the model; each process loads it once."""
+    return functools.partial(_loaded, source, dtype, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(source: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    return load(source, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
+    """So many processes that share the cores of this machine, or those of the Ray cluster at an address; None for one
+    process and no address: the caller's own.
+
+    Raises:
+        InputError: Ray is not installed.
+    """
+    if ray is not None:
+        with _ray(count, ray) as executor:
+            yield executor
+        return
+    if count == 1:
+        yield None
+        return
+    threads = max(1, (os.cpu_count() or 1) // count)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        yield pool
+
+
+@contextlib.contextmanager
+def _ray(count: int, address: str) -> Iterator[Executor]:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("Ray is not installed: pip install 'masformer[ray]'") from error
+    begun = not ray.is_initialized()
+    if begun:
+        ray.init(address=address, log_to_driver=False) if address != "local" else ray.init(num_cpus=count)
+    try:
+        yield _RayExecutor(ray)
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+class _RayExecutor(Executor):
+    """`submit` as a Ray task, which the cluster puts where there is room."""
+
+    def __init__(self, ray: Any) -> None:
+        self.ray = ray
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = self.ray.remote(fn).remote(*args, **kwargs).future()
+        return future
