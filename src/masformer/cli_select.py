@@ -205,8 +205,9 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
     """Every choice with what it measures on the probes and on held-out data."""
     from .report.runs import read_results
     from .report.tables import overview
+    from .selection.outcome import HELD_OUT, TRAINED
 
-    held_out = {row.model: row for row in overview(read_results([out / "held-out"]))}
+    held_out = {row.model: row for row in overview(read_results([out / HELD_OUT]))}
     if json:
         rows = {name: dataclasses.asdict(row) for name, row in held_out.items()}
         print_json({"out": str(out), **outcome, "held_out": rows})
@@ -224,7 +225,7 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
             cells += [estimate_in_words(found.nats, 3), estimate_in_words(found.difference, 3)]
             cells.append(estimate_in_words(found.recall, 0, percent=True))
             if outcome["train_steps"]:
-                trained = held_out[f"{row['label']}, trained"]
+                trained = held_out[f"{row['label']}, {TRAINED}"]
                 cells += [estimate_in_words(trained.nats, 3), estimate_in_words(trained.recall, 0, percent=True)]
             table.add_row(*cells)
         Console().print(table)

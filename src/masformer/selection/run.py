@@ -10,22 +10,20 @@ budgets that are asked for later are added.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptError, InputError
+from ..errors import InputError
 from ..files import difference, disk_errors
-from ..spans import SpanPlan
 from .choice import Asked, Prepared, choose, prepare
 from .methods import named
+from .outcome import FILE, FORMAT, distinct, read, write
 from .store import Store
 from .trial import Trial, try_out, try_trained
 from .workers import workers
 
-FILE, STORE = "selection.json", "measured.jsonl"
-FORMAT = 1
+STORE = "measured.jsonl"
 FRESH = {STORE, "corpora"}
 """What may lie in the folder before the first outcome does."""
 
@@ -74,40 +72,6 @@ def select(
         if train_steps:
             try_trained(trial, plans, folder, steps=train_steps, say=say, progress=progress)
     return outcome
-
-
-def distinct(outcome: dict[str, Any]) -> dict[str, SpanPlan]:
-    """The plans of an outcome by their labels: the parent, all local, and each choice once."""
-    rows = [outcome["parent"], outcome["local"]]
-    rows += [row for budget in outcome["budgets"] for row in budget["plans"].values()]
-    return {row["label"]: SpanPlan.parse(row["plan"]) for row in rows}
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """The outcome in a folder.
-
-    Raises:
-        InputError: none there. CorruptError: one that cannot be read.
-    """
-    try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise InputError(f"{folder} is of format {found['format']}, this program reads {FORMAT}")
-    except OSError as error:
-        raise InputError(f"{folder} holds no selection: {FILE}: {error.strerror}") from error
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise CorruptError(f"{folder / FILE} is damaged: delete it, what was measured is kept") from error
-    return dict(found)
-
-
-def write(folder: Path, outcome: dict[str, Any]) -> None:
-    """`selection.json`, whole or as it was."""
-    part = folder / f"{FILE}.part"
-    with disk_errors(folder):
-        part.write_text(json.dumps(outcome, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(folder / FILE)
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from ..models.checkpoint import load, load_config
 from ..models.convert import convert
 from ..models.tokenizer import load_tokenizer
 from ..spans import SpanPlan
+from .outcome import HELD_OUT, TRAINED
 
-HELD_OUT, TRAINING, TEXTS, TRAINED = "held-out", "training", "documents.jsonl", "trained"
+TRAINING, TEXTS = "training", "documents.jsonl"
 TASKS = ("passkey", "niah_multikey", "kv_retrieval")
 """Recall tasks that choices are tried on if no others are named."""
 BATCH_SHARE = 0.25
