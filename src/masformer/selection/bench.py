@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..files import digest
@@ -76,13 +75,13 @@ class Bench:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         probes: Sequence[Probe],
         *,
         store: Store | None = None,
         identity: str = "",
         executor: Executor | None = None,
-        loaded: Callable[[], PreTrainedModel] | None = None,
+        loaded: Callable[[], Any] | None = None,
         progress: Callable[[int], Any] = lambda plans: None,
     ) -> None:
         if not probes:
@@ -129,9 +128,7 @@ class Bench:
         return self.executor.map(_elsewhere, [self.loaded] * len(jobs), probes, plans, [self.parent] * len(jobs))
 
 
-def _elsewhere(
-    loaded: Callable[[], PreTrainedModel], probe: Probe, plans: list[SpanPlan], parent: SpanPlan
-) -> list[Pair]:
+def _elsewhere(loaded: Callable[[], Any], probe: Probe, plans: list[SpanPlan], parent: SpanPlan) -> list[Pair]:
     return measure_probe(loaded(), probe, plans, parent)
 
 
@@ -142,7 +139,7 @@ def in_order(plan: SpanPlan) -> tuple[str, ...]:
 
 @torch.no_grad()
 def measure_probe(
-    model: PreTrainedModel,
+    model: Any,
     probe: Probe,
     plans: Sequence[SpanPlan],
     parent: SpanPlan,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..models.convert import applied
@@ -34,7 +33,7 @@ TEMPERATURE = 2 / 3
 
 
 @contextlib.contextmanager
-def gated(model: PreTrainedModel, space: Space, gates: Tensor) -> Iterator[None]:
+def gated(model: Any, space: Space, gates: Tensor) -> Iterator[None]:
     """Inside the block every layer with a choice mixes its full attention and its shortest span by its gate, of
     `gates` `[layers]`; the loss can be differentiated by them, and by nothing else.
     """
@@ -59,14 +58,14 @@ def gated(model: PreTrainedModel, space: Space, gates: Tensor) -> Iterator[None]
                 parameter.requires_grad_(True)
 
 
-def loss_of(model: PreTrainedModel, probe: Probe) -> Tensor:
+def loss_of(model: Any, probe: Probe) -> Tensor:
     """Nats per predicted token of a probe, a scalar with its graph."""
     ids, places = probe.ids[None].to(model.device), probe.places.to(model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, places - 1]
     return F.cross_entropy(Head.of(model)(hidden).float(), ids[0, places])
 
 
-def first_order(model: PreTrainedModel, space: Space, probes: Sequence[Probe], steps: int = 1) -> list[float]:
+def first_order(model: Any, space: Space, probes: Sequence[Probe], steps: int = 1) -> list[float]:
     """Nats that the loss gains when a layer goes local, to first order; a number per layer, 0 without a choice.
 
     One forward and backward of each probe for all layers together: gradient times change of the layer's output.
@@ -89,7 +88,7 @@ def first_order(model: PreTrainedModel, space: Space, probes: Sequence[Probe], s
 
 
 def learned(
-    model: PreTrainedModel,
+    model: Any,
     space: Space,
     probes: Iterable[Probe],
     *,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..data.documents import Document
 from ..errors import InputError
@@ -62,7 +61,7 @@ class Trial:
         config = copy.copy(load_config(self.model)[0])
         config.dtype = self.dtype
 
-        def loaded() -> PreTrainedModel:
+        def loaded() -> Any:
             model = load(source, dtype=self.dtype, device=self.device)
             return convert(model, plan, check=False)
 

@@ -14,19 +14,18 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..errors import InputError
 from ..models.checkpoint import load
 
 
-def loaded_from(source: str, dtype: torch.dtype, device: str) -> Callable[[], PreTrainedModel]:
+def loaded_from(source: str, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     """A function that any process can call for the model; each process loads it once."""
     return functools.partial(_loaded, source, dtype, device)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(source: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+def _loaded(source: str, dtype: torch.dtype, device: str) -> Any:
     return load(source, dtype=dtype, device=device)
 
 

@@ -1,0 +1,57 @@
+"""What a selection found, as a file: `selection.json`. Needs neither torch nor transformers.
+
+    outcome = read(Path("runs/select"))
+    outcome["budgets"][0]["chosen"], distinct(outcome)
+
+`facts` says what was asked for; `scores` has a list per method, a number per layer; `parent`, `local` and, for each of
+`budgets`, its `plans` by method have a plan each, its `label` among the held-out results, what it costs and what it
+measures on the probes; `chosen` names a method.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, InputError
+from ..files import disk_errors
+from ..spans import SpanPlan
+
+FILE, HELD_OUT, TRAINED = "selection.json", "held-out", "trained"
+"""The outcome; the folder beside it with an evaluation of every plan; what a label ends with after a training."""
+FORMAT = 1
+
+
+def distinct(outcome: dict[str, Any]) -> dict[str, SpanPlan]:
+    """The plans of an outcome by their labels: the parent, all local, and each choice once."""
+    rows = [outcome["parent"], outcome["local"]]
+    rows += [row for budget in outcome["budgets"] for row in budget["plans"].values()]
+    return {row["label"]: SpanPlan.parse(row["plan"]) for row in rows}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The outcome in a folder.
+
+    Raises:
+        InputError: none there. CorruptError: one that cannot be read.
+    """
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise InputError(f"{folder} is of format {found['format']}, this program reads {FORMAT}")
+    except OSError as error:
+        raise InputError(f"{folder} holds no selection: {FILE}: {error.strerror}") from error
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise CorruptError(f"{folder / FILE} is damaged: delete it, what was measured is kept") from error
+    return dict(found)
+
+
+def write(folder: Path, outcome: dict[str, Any]) -> None:
+    """`selection.json`, whole or as it was."""
+    part = folder / f"{FILE}.part"
+    with disk_errors(folder):
+        part.write_text(json.dumps(outcome, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(folder / FILE)
