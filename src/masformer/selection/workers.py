@@ -31,8 +31,8 @@ def _loaded(source: str, dtype: torch.dtype, device: str) -> Any:
 
 @contextlib.contextmanager
 def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
-    """So many processes that share the cores of this machine, or those of the Ray cluster at an address; None for one
-    process and no address: the caller's own.
+    """So many processes that share the cores of this machine, or what the Ray cluster at an address has ("local": one of
+    so many processes, begun here); None for one process and no address: the caller's own.
 
     Raises:
         InputError: Ray is not installed.
@@ -58,7 +58,8 @@ def _ray(count: int, address: str) -> Iterator[Executor]:
         raise InputError("Ray is not installed: pip install 'masformer[ray]'") from error
     begun = not ray.is_initialized()
     if begun:
-        ray.init(address=address, log_to_driver=False) if address != "local" else ray.init(num_cpus=count)
+        where = {"num_cpus": count, "include_dashboard": False} if address == "local" else {"address": address}
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
     try:
         yield _RayExecutor(ray)
     finally:
@@ -73,5 +74,9 @@ class _RayExecutor(Executor):
         self.ray = ray
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = self.ray.remote(fn).remote(*args, **kwargs).future()
+        future: Future[Any] = self.ray.remote(_called).remote(fn, *args, **kwargs).future()
         return future
+
+
+def _called(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return fn(*args, **kwargs)
