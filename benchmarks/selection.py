@@ -2,9 +2,9 @@
 
     python -m benchmarks.selection runs/select-0 runs/select-1 runs/select-2 [--out docs/results/selection.json]
 
-Every folder is one of `masformer select`. Recall items and documents of all seeds are put together: what a plan keeps is
-the share of the items the parent gets right that it gets right too, with a Wilson interval; losses are differences to
-the parent on the same documents, with a bootstrap interval over documents.
+Every folder is one of `masformer select`. Recall items and documents of all seeds are put together: what a plan keeps
+is the share of the items the parent gets right that it gets right too, with a Wilson interval; losses are differences
+to the parent on the same documents, with a bootstrap interval over documents.
 """
 
 from __future__ import annotations

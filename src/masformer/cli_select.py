@@ -16,6 +16,7 @@ from .cli_eval import estimate_in_words, names_of, numbers_of
 from .cli_model import Debug, Device, Json, Model, device_name
 from .cli_output import UsageError, at_least, print_json, say
 from .cli_plan import in_words
+from .errors import InputError
 from .spans import Block, PlanError, Span, Window
 
 if TYPE_CHECKING:
@@ -138,7 +139,11 @@ def select(
     from .models.families import shape_of
     from .models.positions import max_positions
     from .models.tokenizer import quiet
-    from .selection.choice import Asked
+
+    try:
+        from .selection.choice import Asked
+    except ModuleNotFoundError as error:
+        raise InputError(f"selection needs {error.name}: pip install 'masformer[select]'") from error
     from .selection.methods import named
     from .selection.run import select as run
     from .selection.trial import TASKS, Trial

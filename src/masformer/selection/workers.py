@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
@@ -31,8 +33,8 @@ def _loaded(source: str, dtype: torch.dtype, device: str) -> Any:
 
 @contextlib.contextmanager
 def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
-    """So many processes that share the cores of this machine, or what the Ray cluster at an address has ("local": one of
-    so many processes, begun here); None for one process and no address: the caller's own.
+    """So many processes that share the cores of this machine, or what the Ray cluster at an address has ("local": one
+    of so many processes, begun here); None for one process and no address: the caller's own.
 
     Raises:
         InputError: Ray is not installed.
@@ -46,8 +48,17 @@ def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
         return
     threads = max(1, (os.cpu_count() or 1) // count)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(threads,))
+    try:
         yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(threads: int) -> None:
+    """In every process of the pool; Ctrl-C, which reaches all of them, is the caller's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -58,8 +69,10 @@ def _ray(count: int, address: str) -> Iterator[Executor]:
         raise InputError("Ray is not installed: pip install 'masformer[ray]'") from error
     begun = not ray.is_initialized()
     if begun:
-        where = {"num_cpus": count, "include_dashboard": False} if address == "local" else {"address": address}
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        where: dict[str, Any] = (
+            {"num_cpus": count, "include_dashboard": False} if address == "local" else {"address": address}
+        )
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield _RayExecutor(ray)
     finally:
