@@ -142,11 +142,11 @@ def select(
 
     try:
         from .selection.choice import Asked
+        from .selection.run import select as run
+        from .selection.trial import TASKS, Trial
     except ModuleNotFoundError as error:
         raise InputError(f"selection needs {error.name}: pip install 'masformer[select]'") from error
     from .selection.methods import named
-    from .selection.run import select as run
-    from .selection.trial import TASKS, Trial
 
     quiet()
     config, _ = load_config(model)
@@ -226,12 +226,13 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
         for name, row in sorted(rows.items(), key=lambda item: item[1]["nats"]):
             cells = [name, row["label"].removeprefix("full "), f"{row['nats']:.3f}"]
             cells.append(in_words(row["cost"]["kv_bytes_held"], "B"))
-            found = held_out[row["label"]]
+            found = held_out[row["label"]]  # of a budget that was asked for before, too
             cells += [estimate_in_words(found.nats, 3), estimate_in_words(found.difference, 3)]
             cells.append(estimate_in_words(found.recall, 0, percent=True))
             if outcome["train_steps"]:
-                trained = held_out[f"{row['label']}, {TRAINED}"]
-                cells += [estimate_in_words(trained.nats, 3), estimate_in_words(trained.recall, 0, percent=True)]
+                trained = held_out.get(f"{row['label']}, {TRAINED}")
+                cells.append(estimate_in_words(trained.nats if trained else None, 3))
+                cells.append(estimate_in_words(trained.recall if trained else None, 0, percent=True))
             table.add_row(*cells)
         Console().print(table)
     for budget in outcome["budgets"]:

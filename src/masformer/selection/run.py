@@ -16,15 +16,15 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import difference, disk_errors
-from .choice import Asked, Prepared, choose, prepare
+from .choice import CORPORA, Asked, Prepared, choose, prepare
 from .methods import named
 from .outcome import FILE, FORMAT, distinct, read, write
 from .store import Store
-from .trial import Trial, try_out, try_trained
+from .trial import TEXTS, Trial, check, try_out, try_trained
 from .workers import workers
 
 STORE = "measured.jsonl"
-FRESH = {STORE, "corpora"}
+FRESH = {STORE, CORPORA, TEXTS}
 """What may lie in the folder before the first outcome does."""
 
 Show = Callable[[str, int], Any]
@@ -55,17 +55,26 @@ def select(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(folder)
-    asked = _with_earlier(asked, folder)
+    earlier = read(folder) if (folder / FILE).exists() else None
+    if earlier is not None:  # their results are kept, so they take no time
+        before = [name for budget in earlier["budgets"] for name in budget["plans"]]
+        asked = dataclasses.replace(asked, methods=named([*before, *(method.name for method in asked.methods)]))
     prepared = prepare(asked, trial.chosen_by, folder)
     prepared.refuse_too_large(processes)
     facts = _facts(prepared)
-    _refuse_other(folder, facts)
+    if earlier is not None:
+        _refuse_other(folder, earlier, facts, train_steps)
+    check(trial, prepared.space.parent, folder, train_steps, say)
     with Store.open(folder / STORE) as store:
         with workers(processes, ray) as executor:
             outcome = choose(
                 prepared, store, executor=executor, say=say, progress=lambda plans: progress("choosing", plans)
             )
         outcome = {"format": FORMAT, "facts": facts, "train_steps": train_steps, **outcome}
+        if earlier is not None:
+            known = [budget["words"] for budget in outcome["budgets"]]
+            outcome["budgets"] += [budget for budget in earlier["budgets"] if budget["words"] not in known]
+            outcome["train_steps"] = train_steps or earlier["train_steps"]
         write(folder, outcome)
         plans = distinct(outcome)
         try_out(trial, plans, folder, progress)
@@ -89,20 +98,15 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _with_earlier(asked: Asked, folder: Path) -> Asked:
-    """With the methods that were asked for before: their results are kept, so they take no time."""
-    if not (folder / FILE).exists():
-        return asked
-    earlier = {name for budget in read(folder)["budgets"] for name in budget["plans"]}
-    return dataclasses.replace(asked, methods=named([*earlier, *(method.name for method in asked.methods)]))
-
-
 def _refuse_foreign(folder: Path) -> None:
     found = {file.name for file in folder.iterdir()}
     if FILE not in found and found - FRESH - {f"{FILE}.part"}:
         raise InputError(f"{folder} is not empty and holds no selection: name a new folder")
 
 
-def _refuse_other(folder: Path, facts: dict[str, Any]) -> None:
-    if (folder / FILE).exists() and (what := difference(read(folder)["facts"], facts)):
+def _refuse_other(folder: Path, earlier: dict[str, Any], facts: dict[str, Any], train_steps: int) -> None:
+    what = difference(earlier["facts"], facts)
+    if train_steps and earlier["train_steps"]:
+        what = what or difference(earlier["train_steps"], train_steps, "train_steps")
+    if what:
         raise InputError(f"{folder} holds another selection ({what}): name a new folder")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,15 @@ from ..data.documents import Document
 from ..errors import InputError
 from ..evaluation.facts import facts_of
 from ..evaluation.results import Run, key_of, read_run
-from ..evaluation.suites import Data, Entry, Settings, Subject, evaluate, prepare
+from ..evaluation.suites import Data, Settings, Subject, evaluate, prepare
 from ..files import digest, disk_errors
 from ..models.checkpoint import load, load_config
 from ..models.convert import convert
 from ..models.tokenizer import load_tokenizer
 from ..spans import SpanPlan
+from ..training.prepare import prepare as prepare_training
+from ..training.recipe import Recipe
+from ..training.run import train
 from .outcome import HELD_OUT, TRAINED
 
 TRAINING, TEXTS = "training", "documents.jsonl"
@@ -35,6 +39,9 @@ TASKS = ("passkey", "niah_multikey", "kv_retrieval")
 """Recall tasks that choices are tried on if no others are named."""
 BATCH_SHARE = 0.25
 """Share of recall items in the short training."""
+
+LONGEST_NAME = 100
+"""Of a folder made from a label."""
 
 Plans = Mapping[str, SpanPlan]
 """Distinct plans by their label."""
@@ -76,10 +83,19 @@ def try_out(trial: Trial, plans: Plans, folder: Path, progress: Progress = lambd
     _evaluate(trial, [trial.subject(label, plan) for label, plan in plans.items()], folder, progress)
 
 
-def entries_of(trial: Trial, subjects: Sequence[Subject], say: Callable[[str], Any] = lambda line: None) -> list[Entry]:
-    """What is measured of every subject, the same for all."""
-    entries = prepare(subjects, trial.settings, Data(trial.documents), say)
-    return entries[0]
+def check(trial: Trial, parent: SpanPlan, folder: Path, steps: int, say: Callable[[str], Any]) -> None:
+    """Refuse what could not be measured or trained later, before anything is searched.
+
+    Args:
+        say: called with a line for documents that are passed over, or fewer than were asked for.
+
+    Raises:
+        InputError: as `evaluation.suites.prepare` and `training.prepare` do.
+    """
+    prepare([trial.subject("parent", parent)], trial.settings, Data(trial.documents), say)
+    if steps:
+        _write_texts(trial, folder)
+        prepare_training(_recipe(trial, "parent", parent, folder, steps)).refuse_too_large()
 
 
 def _evaluate(trial: Trial, subjects: Sequence[Subject], folder: Path, progress: Progress) -> None:
@@ -103,19 +119,13 @@ def try_trained(
 
     Weights are deleted once they are measured; `metrics.jsonl` of each training stays.
     """
-    texts = folder / TEXTS
-    lines = [json.dumps({"id": each.id, "text": each.text}, ensure_ascii=False) + "\n" for each in trial.chosen_by]
-    with disk_errors(texts):
-        texts.write_text("".join(lines), encoding="utf-8")
+    _write_texts(trial, folder)
     for label, plan in plans.items():
         name = f"{label}, {TRAINED}"
         if _measured(trial, name, plan, folder):
             continue
         say(f"training {label}, {steps} steps")
-        target = (
-            folder / TRAINING / f"{label.replace(' ', '-').replace(',', '-')[:60]}-{digest([str(plan), steps])[:6]}"
-        )
-        checkpoint = _trained(trial, plan, texts, folder, target, steps)
+        checkpoint = _trained(_recipe(trial, label, plan, folder, steps), trial.device == "cpu")
         _evaluate(trial, [trial.subject(name, plan, str(checkpoint))], folder, progress)
         shutil.rmtree(checkpoint)
 
@@ -127,23 +137,28 @@ def _measured(trial: Trial, label: str, plan: SpanPlan, folder: Path) -> bool:
     except InputError:
         return False
     done = {key_of(record) for record in records}
-    return all(entry.key(label) in done for entry in entries_of(trial, [trial.subject(label, plan)]))
+    [entries] = prepare([trial.subject(label, plan)], trial.settings, Data(trial.documents))
+    return all(entry.key(label) in done for entry in entries)
 
 
-def _trained(trial: Trial, plan: SpanPlan, texts: Path, folder: Path, target: Path, steps: int) -> Path:
-    """The checkpoint after the training."""
-    try:
-        from ..training.recipe import Recipe
-        from ..training.run import train
-    except ModuleNotFoundError as error:
-        raise InputError(f"training needs {error.name}: pip install 'masformer[train]'") from error
-    recipe = Recipe.model_validate(
+def _write_texts(trial: Trial, folder: Path) -> None:
+    """The documents that plans are trained on, as a file that a recipe can name."""
+    lines = [json.dumps({"id": each.id, "text": each.text}, ensure_ascii=False) + "\n" for each in trial.chosen_by]
+    with disk_errors(folder):
+        (folder / TEXTS).write_text("".join(lines), encoding="utf-8")
+
+
+def _recipe(trial: Trial, label: str, plan: SpanPlan, folder: Path, steps: int) -> Recipe:
+    """The training of a plan, the same tokens for all of one folder."""
+    name = re.sub(r"\W+", "-", label)
+    target = folder / TRAINING / (name if len(name) <= LONGEST_NAME else digest(label)[:16])
+    return Recipe.model_validate(
         {
             "model": trial.model,
             "output": str(target),
             "plan": str(plan),
             "data": {
-                "documents": str(texts),
+                "documents": str(folder / TEXTS),
                 "held_out": 1,
                 "lengths": min(trial.settings.lengths),
                 "recall": {"share": BATCH_SHARE, "loss_on": "answer"},
@@ -160,7 +175,11 @@ def _trained(trial: Trial, plan: SpanPlan, texts: Path, folder: Path, target: Pa
             "saving": {"every": max(10, steps // 4), "keep": 1},
         }
     )
-    result = train(recipe, cpu=trial.device == "cpu", say=lambda line: None)
+
+
+def _trained(recipe: Recipe, cpu: bool) -> Path:
+    """The last checkpoint."""
+    result = train(recipe, cpu=cpu, say=lambda line: None)
     if result["signal"]:
         raise KeyboardInterrupt
     return Path(result["checkpoint"])
