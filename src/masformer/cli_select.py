@@ -103,10 +103,10 @@ def select(
     sinks: Annotated[int | None, typer.Option(help="First tokens that every token sees.")] = None,
     sizes: Annotated[str | None, typer.Option(help="More sizes that a local layer may get: 512,1024.")] = None,
     methods: Annotated[str, typer.Option(help="Methods, or the groups rules, scores, searches.")] = (
-        "rules,recall,backward"
+        "rules,path,prune"
     ),
     length: Annotated[int, typer.Option(callback=at_least(512), help="Tokens of what is chosen by.")] = 2048,
-    probes: Annotated[int, typer.Option(callback=at_least(1), help="Recall items to choose by.")] = 8,
+    probes: Annotated[int, typer.Option(callback=at_least(1), help="Recall items to choose by.")] = 12,
     lengths: Annotated[str | None, typer.Option(help="Tokens of held-out items; as --length.")] = None,
     items: Annotated[int, typer.Option(callback=at_least(1), help="Held-out items of a task and length.")] = 10,
     tasks: Annotated[str | None, typer.Option(help="Held-out recall tasks, those of eval.")] = None,

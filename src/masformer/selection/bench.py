@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.recall import RecallSequences
 from ..errors import InputError
 from ..files import digest
 from ..models.convert import applied
@@ -29,7 +30,7 @@ from ..models.head import Head
 from ..models.resume import States, resumed, shared
 from ..models.selfcheck import evaluating
 from ..spans import SpanPlan
-from .probes import DOCUMENTS, RECALL, Probe
+from .probes import DOCUMENTS, RECALL, Probe, recall_probe
 from .store import Store
 
 CHUNK, KL_PLACES = 512, 256
@@ -65,6 +66,7 @@ class Bench:
     Args:
         model: converted or not; it is given back as it was. Its own native spans are the parent's.
         store: where results are kept; without one, as long as the bench is.
+        items: recall items without end, of which the first are probes; methods that learn take fresh ones.
         identity: tells this model, in its dtype, from others that use the same store.
         executor: where else probes are measured, by `loaded()`, which must give the same model there.
         progress: called with the number of plans that were measured on a probe.
@@ -78,6 +80,7 @@ class Bench:
         model: Any,
         probes: Sequence[Probe],
         *,
+        items: RecallSequences | None = None,
         store: Store | None = None,
         identity: str = "",
         executor: Executor | None = None,
@@ -88,6 +91,7 @@ class Bench:
             raise InputError("there is nothing to measure plans on: give recall items or documents")
         self.model, self.probes, self.identity, self.progress = model, list(probes), identity, progress
         self.store = Store() if store is None else store
+        self.items = items
         self.executor, self.loaded = executor, loaded
         self.parent = native_plan(model.config)
         self.references: dict[str, Tensor] = {}
@@ -101,6 +105,13 @@ class Bench:
             self.store.put({self._key(probe, plan): pair for plan, pair in zip(wanted, pairs, strict=True)})
             self.progress(len(wanted))
         return [self._measured(plan) for plan in plans]
+
+    def fresh(self, count: int) -> list[Probe]:
+        """Recall items that are no probes, always the same; as many of the recall probes where there are no items."""
+        probes = [probe for probe in self.probes if probe.kind == RECALL]
+        if self.items is None:
+            return probes[:count]
+        return [recall_probe(self.items, len(probes) + number) for number in range(count)]
 
     @property
     def basis(self) -> str:

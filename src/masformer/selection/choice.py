@@ -58,7 +58,7 @@ class Asked:
     budgets: tuple[Budget, ...]
     methods: tuple[Method, ...]
     length: int
-    probes: int = 8
+    probes: int = 12
     seed: int = 0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -182,6 +182,7 @@ def choose(
     bench = Bench(
         model,
         prepared.probes,
+        items=prepared.items,
         store=store,
         identity=prepared.identity,
         executor=executor,

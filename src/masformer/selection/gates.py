@@ -9,6 +9,7 @@ once, each beside what the others have become.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -65,26 +66,25 @@ def loss_of(model: Any, probe: Probe) -> Tensor:
     return F.cross_entropy(Head.of(model)(hidden).float(), ids[0, places])
 
 
-def first_order(model: Any, space: Space, probes: Sequence[Probe], steps: int = 1) -> list[float]:
+def first_order(model: Any, space: Space, probes: Sequence[Probe], points: Sequence[float] = (1.0,)) -> list[float]:
     """Nats that the loss gains when a layer goes local, to first order; a number per layer, 0 without a choice.
 
     One forward and backward of each probe for all layers together: gradient times change of the layer's output.
 
     Args:
-        steps: 1 takes the derivative at the parent. More take the mean of as many along the way from the parent to all
-            local (integrated gradients, arXiv 1703.01365, by the midpoint rule): what each layer has in the whole loss.
+        points: where all gates stand while the derivative is taken: 1 is the parent. Each probe takes the next one.
+            With points all over 0 to 1 it is the mean along the way from the parent to all local (integrated
+            gradients, arXiv 1703.01365): what each layer has in the whole loss.
     """
     total = torch.zeros(len(space.options))
-    points = [1.0] if steps == 1 else [1 - (step + 0.5) / steps for step in range(steps)]
-    for probe in probes:
-        for point in points:
-            gates = torch.full((len(space.options),), point, requires_grad=True)
-            with gated(model, space, gates.to(model.device)):
-                loss_of(model, probe).backward()
-            total -= gates.grad if gates.grad is not None else 0
+    for probe, point in zip(probes, itertools.cycle(points), strict=False):
+        gates = torch.full((len(space.options),), point, requires_grad=True)
+        with gated(model, space, gates.to(model.device)):
+            loss_of(model, probe).backward()
+        total -= gates.grad if gates.grad is not None else 0
     if not bool(total.isfinite().all()):
         raise InputError("a gradient of the loss is not a finite number: the model is not usable")
-    return [float(x) for x in total / (len(probes) * len(points))]
+    return [float(x) for x in total / len(probes)]
 
 
 def learned(

@@ -19,13 +19,14 @@ from .bench import Bench
 from .gates import learned
 from .probes import Probe, recall_probe
 from .score import LISTED as SCORES
-from .score import Score
+from .score import PATH_PROBES, Score
 from .search import order_of
 from .space import Budget, Space
 
 GATE_STEPS = 48
-CANDIDATES, WIDTH = 10, 3
-"""How many layers, the best by the score `recall`, an exact search chooses from, and how many plans a beam follows."""
+CANDIDATES, WIDTH, FEWEST = 10, 3, 16
+"""How many layers, the best by the score `recall`, an exact search chooses from; how many plans a beam follows; with
+how many layers `prune` begins at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,15 @@ def _gates(hard: bool, task: Task) -> SpanPlan:
     return task.space.mixed(order_of(values)[:count])
 
 
+def _prune(task: Task) -> SpanPlan:
+    """Of twice the layers that may be full, and at least 16, those that lose least are given up one by one."""
+    order = order_of(task.scores(next(score for score in SCORES if score.name == "path")))
+    start = task.space.parent
+    if task.budget.within is None:
+        start = task.space.mixed(order[: max(2 * task.budget.count(task.space), FEWEST)])
+    return search.backward(task.bench, task.space, task.budget, start)
+
+
 def _exact(task: Task) -> SpanPlan:
     scores = task.scores(next(score for score in SCORES if score.name == "recall"))
     return search.exact(task.bench, task.space, task.budget, order_of(scores)[:CANDIDATES])
@@ -148,6 +158,15 @@ def _searches() -> Iterator[Method]:
         lambda task: search.backward(task.bench, task.space, task.budget),
         lambda layers, count, probes: (layers + 4 * (layers - count)) * probes / 2,
         sizes=True,
+    )
+    yield Method(
+        "prune",
+        "search",
+        "backward from the highest of the score path",
+        "",
+        _prune,
+        lambda layers, count, probes: 4.0 * PATH_PROBES + (FEWEST + 4 * (FEWEST - count)) * probes / 2,
+        learns=True,
     )
     yield Method(
         "exact",

@@ -22,11 +22,13 @@ from ..models.selfcheck import evaluating
 from ..spans import Span
 from .bench import Bench
 from .gates import first_order
-from .probes import RECALL
 from .space import Space
 
 QUERIES = 64
 """Queries whose attention is looked at: the last ones for `lazy` (LightTransfer), evenly spaced ones for `mass`."""
+
+PATH_PROBES, PATH_STEPS = 32, 8
+"""Recall items of the score `path`, and points between the parent and all local that they are spread over."""
 
 Field = Literal["recall", "documents", "kl"]
 
@@ -77,7 +79,8 @@ def gradient(bench: Bench, space: Space) -> list[float]:
 
 
 def path_gradient(bench: Bench, space: Space) -> list[float]:
-    return first_order(bench.model, space, [probe for probe in bench.probes if probe.kind == RECALL], steps=4)
+    points = [1 - (step + 0.5) / PATH_STEPS for step in range(PATH_STEPS)]
+    return first_order(bench.model, space, bench.fresh(PATH_PROBES), points)
 
 
 @torch.no_grad()
@@ -175,7 +178,7 @@ LISTED = (
         "the layer's part in what all local loses on answers",
         "integrated gradients, arXiv 1703.01365, over gates",
         path_gradient,
-        lambda layers, count, probes: 16.0 * probes,
+        lambda layers, count, probes: 4.0 * PATH_PROBES,
         learns=True,
     ),
     Score(

@@ -61,13 +61,14 @@ def forward(bench: Bench, space: Space, budget: Budget, width: int = 1) -> SpanP
     return _best(bench, seen)
 
 
-def backward(bench: Bench, space: Space, budget: Budget) -> SpanPlan:
-    """Greedy from the parent: at every step the shorter span at one layer that loses fewest nats for what it saves.
+def backward(bench: Bench, space: Space, budget: Budget, start: SpanPlan | None = None) -> SpanPlan:
+    """Greedy from the parent or from `start`: at every step the shorter span at one layer that loses fewest nats for
+    what it saves.
 
     Lazily (Minoux 1978): what a layer lost when it was last measured stands for what it would lose now, until it comes
     first; then it is measured again. Where losses only grow as other layers go local, that is the same choice.
     """
-    plan = space.parent
+    plan = space.parent if start is None else start
     stale: dict[int, float] = {}
     while budget.within is not None or not budget.fits(plan):
         moves = {_changed(plan, shorter): shorter for shorter in space.shorter(plan)}
