@@ -146,13 +146,14 @@ def test_transformers_has_its_places(file: Path) -> None:
 
 @pytest.mark.parametrize("file", files_of("report"), ids=name)
 def test_the_report_needs_no_torch(file: Path) -> None:
-    measured = [SOURCE / "evaluation" / f"{name}.py" for name in ("results", "statistics")]
-    for light in (file, *measured):
+    read = ("evaluation/results", "evaluation/statistics", "selection/outcome", "selection/__init__", "files")
+    for light in (file, *(SOURCE / f"{name}.py" for name in read)):
         assert not {i.module[0] for i in outside(light)} & {"torch", "transformers"}
     used = {i.module[1:3] for i in imports(file) if i.module[0] == "masformer"}
     of_evaluation = {module[1] for module in used if module[0] == "evaluation"}
     assert of_evaluation <= {"results", "statistics"}  # what it shows is handed to it as numbers
-    assert {module[0] for module in used} <= {"report", "spans", "errors", "evaluation"}
+    assert {module[1] for module in used if module[0] == "selection"} <= {"outcome"}
+    assert {module[0] for module in used} <= {"report", "spans", "errors", "evaluation", "selection"}
 
 
 @pytest.mark.parametrize("file", files_of("__init__", "cli", "data"), ids=name)

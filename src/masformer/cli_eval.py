@@ -91,12 +91,12 @@ def evaluate(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that eval or train wrote.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that eval, select or train wrote.")],
     out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html of the first if not given.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """One HTML page of evaluations and trainings, which needs no network.
+    """One HTML page of evaluations, selections and trainings, which needs no network.
 
     Example: masformer report runs/eval runs/smollm2-sotu --out report.html
     """

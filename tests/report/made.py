@@ -17,6 +17,18 @@ WORSE = {"parent": 0.0, "chosen": 0.05, "all local": 0.4}
 EDGES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
+LAYERS = 24
+CHOICES = {"top": (20, 21), "recall": (7, 18), "mass": (3, 4), "lazy": (3, 4)}
+NATS = {"parent": 2.0, "all local": 5.0, "top": 4.5, "recall": 2.25, "mass": 4.0, "lazy": 4.0}
+"""On the probes, of the answers; documents have 3.0."""
+MEASURED = {
+    "parent": (200.0, (1, 1, 1, 1)),
+    "all local": (260.0, (0, 0, 0, 0)),
+    "full 20,21": (250.0, (1, 0, 0, 0)),
+    "full 7,18": (210.0, (1, 1, 1, 0)),
+    "full 3,4": (240.0, (1, 1, 0, 0)),
+}
+"""By label: nats of a document of 100 tokens (the next one has 10 more), and scores of the recall items."""
 SETTINGS = {"depths": [0.1, 0.3, 0.5, 0.7, 0.9], "stride": None, "new_tokens": 96, "beams": 1, "seed": 0, "data": "d"}
 
 
@@ -149,3 +161,69 @@ def _recalls(model, worse, rng):
                 right = float(rng.random() > 2 * worse * (length / 4096) * (1.2 - depth))
                 records.append(recall(model, item, right, task, length, depth))
     return records
+
+
+def plan_of(full):
+    return ",".join("full" if layer in full else "window:252:sinks=4" for layer in range(LAYERS))
+
+
+def choice(method, full, label=None):
+    parsed = SpanPlan.parse(plan_of(full))
+    return {
+        "plan": str(parsed),
+        "label": label or f"full {','.join(map(str, full))}",
+        "full_layers": list(full),
+        "recall": NATS[method],
+        "documents": 3.0,
+        "kl": 0.125,
+        "nats": NATS[method] + 3.0,
+        "by_probe": [NATS[method]] * 4,
+        "cost": cost(GPT_NEO_1_3B, parsed, 1024).to_json(),
+    }
+
+
+def outcome(choices=CHOICES, *, seed=0, train_steps=0, scores=("recall", "mass"), words="2 full layers"):
+    """What `masformer select` writes as selection.json."""
+    plans = {method: choice(method, full) for method, full in choices.items()}
+    values = [0.5 if layer in (7, 18) else -0.01 * layer for layer in range(LAYERS)]
+    return {
+        "format": 1,
+        "facts": {
+            "model": "models/parent",
+            "identity": "x",
+            "local": ["window:252:sinks=4"],
+            "length": 1024,
+            "probes": ["a", "b", "c", "d", "e"],
+            "seed": seed,
+            "dtype": "float32",
+            "device": "cpu",
+        },
+        "train_steps": train_steps,
+        "budgets": [{"words": words, "chosen": min(plans, key=lambda name: plans[name]["nats"]), "plans": plans}],
+        "scores": dict.fromkeys(scores, values),
+        "parent": choice("parent", range(LAYERS), "parent"),
+        "local": choice("all local", (), "all local"),
+    }
+
+
+def tried_on(label, nats, scores, more=10.0):
+    documents = [loss(label, item, nats + more * item) for item in range(2)]
+    return documents + [recall(label, item, score) for item, score in enumerate(scores)]
+
+
+def write_selection(folder, *, trained=None, tried=MEASURED, settings=SETTINGS, **changes):
+    """`trained`: what the plans measure after a training, as MEASURED."""
+    folder.mkdir(parents=True)
+    found = outcome(train_steps=20 if trained else 0, **changes)
+    (folder / "selection.json").write_text(json.dumps(found), "utf-8")
+    rows = [found["parent"], found["local"], *(row for each in found["budgets"] for row in each["plans"].values())]
+    plans = {row["label"]: row["plan"] for row in rows}
+    measured = {**tried, **{f"{label}, trained": values for label, values in (trained or {}).items()}}
+    if measured:
+        known = {label: plans[label.removesuffix(", trained")] for label in measured}
+        lines = [record for label, values in measured.items() for record in tried_on(label, *values)]
+        write_eval(folder / "held-out", lines, models=facts(known)["models"], settings=settings)
+    for label in trained or ():
+        recipe = {"model": "models/parent", "plan": plans[label]}
+        write_train(folder / "training" / f"{label.replace(' ', '-').replace(',', '-')}-ab12cd", recipe=recipe)
+    return folder

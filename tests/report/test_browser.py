@@ -11,7 +11,7 @@ import pytest
 from masformer.report.page import Section, Table, write_page
 from masformer.report.sections import write_report
 
-from .made import everything, write_eval, write_train
+from .made import everything, write_eval, write_selection, write_train
 
 pytestmark = pytest.mark.browser
 
@@ -83,6 +83,7 @@ def small(tmp_path):
 @pytest.fixture
 def report(tmp_path):
     runs = [write_eval(tmp_path / "eval", everything(documents=3)), write_train(tmp_path / "train")]
+    runs.append(write_selection(tmp_path / "select"))
     return write_report(runs, tmp_path / "report.html")
 
 

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import pytest
 
 from masformer.report.places import colour, heat_map, ink_on
-from masformer.report.plots import bars, lines, loss_by_position, short, trade_off, undominated
+from masformer.report.plots import COLOURS, bars, layer_bars, lines, loss_by_position, short, trade_off, undominated
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -17,6 +17,7 @@ GROUPS = {"parent": [1.0, 1.0], "chosen": [0.4, 0.25]}
 
 
 SCORES = {(0.1, 1024): 1.0, (0.9, 1024): 0.5, (0.1, 4096): 0.0}
+LAYERS = [0.5, -0.1, 0.2, 0.0], [(0,), (0, 2)], [(0,), (2, 3)]
 POINTS = {"parent": (10.0, 2.0), "chosen": (4.0, 2.1), "all local": (1.0, 3.0), "worse": (5.0, 2.5)}
 
 
@@ -27,7 +28,7 @@ def draw_both():
 def draw_all():
     with_bars = {"a": [(0, 1.0, 0.9, 1.2), (1, 2.0, None, None)]}
     marked = lines(with_bars, "place", "loss", marks={0: "16", 1: "never"}, zero=True)
-    return [*draw_both(), marked, heat_map(SCORES), trade_off(POINTS, "cost", "loss")]
+    return [*draw_both(), marked, heat_map(SCORES), trade_off(POINTS, "cost", "loss"), layer_bars(*LAYERS)]
 
 
 def texts(svg):
@@ -189,3 +190,14 @@ def test_a_label_keeps_its_style_where_others_are_missing():
 def test_a_long_label_loses_its_middle():
     assert short("abcdefghij", 7) == "abc…hij"
     assert short("a\n b") == "a b"
+
+
+def test_bars_of_layers_show_each_fill_and_sign_and_pale_the_rest():
+    svg = layer_bars(*LAYERS)
+    assert "layer" in texts(svg)
+    first, second, pale = (svg.count(f"fill: {colour}") for colour in (COLOURS[0], COLOURS[1], COLOURS[-1]))
+    assert first == 2  # the bar of layer 0, and the sign above it
+    assert second  # hatched, with signs
+    assert pale == 2  # layers 1 and 3
+    with pytest.raises(ValueError, match="at least one layer"):
+        layer_bars([], [], [])

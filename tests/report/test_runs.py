@@ -4,7 +4,8 @@ import re
 import pytest
 
 from masformer.errors import CorruptError, InputError
-from masformer.report.runs import caveats, counts, disagreements, read_results
+from masformer.report.runs import read_results
+from masformer.report.trust import caveats, counts, disagreements
 
 from .made import SETTINGS, everything, facts, harness, loss, recall, write_eval, write_train
 

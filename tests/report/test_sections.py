@@ -4,9 +4,11 @@ import re
 import pytest
 
 from masformer.errors import InputError
-from masformer.report.runs import counts, read_results
-from masformer.report.sections import conclusions, sections, title, write_report
+from masformer.report.gains import conclusions
+from masformer.report.runs import read_results
+from masformer.report.sections import sections, title, write_report
 from masformer.report.tables import Estimate, Overview
+from masformer.report.trust import counts
 
 from .made import SETTINGS, everything, facts, harness, loss, recall, write_eval, write_train
 from .test_page import Page

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from . import tables
 from .page import Figure, Section, Table, interval, number
@@ -22,6 +22,7 @@ STOPS = ((0.0, 0.135, 0.305), (0.34, 0.366, 0.433), (0.589, 0.577, 0.468), (0.81
 DARK, LIGHT = "#010101", "#ffffff"
 POSITION = "position in the document (tokens)"
 INCHES = (0.62, 0.36)  # of a cell
+Row = TypeVar("Row", tables.Recall, tables.Bucket)
 
 
 def heat_map(scores: Mapping[tuple[float | None, int], float]) -> str:
@@ -111,7 +112,7 @@ def recall_section(results: Results) -> Section | None:
         return None
     figures, order = [], {label: rank for rank, label in enumerate(results.models)}
     for task, label in sorted(
-        {(row.task or "", row.model) for row in rows}, key=lambda pair: (pair[0], order[pair[1]])
+        {(row.task or "", row.model) for row in _drawn(results, rows)}, key=lambda pair: (pair[0], order[pair[1]])
     ):
         cells = [row for row in rows if (row.model, row.task) == (label, task) and row.length is not None]
         scores = {(row.depth, row.length or 0): row.score.value for row in cells}
@@ -165,8 +166,8 @@ def by_position(
     """Curves of the means and of the differences by position, and a table of each."""
     if not rows:
         return [], []
-    order = list(results.models)
-    length, longest = _longest(rows)
+    order = results.drawn
+    length, longest = _longest(_drawn(results, rows))
     documents = f"documents of {length:,} tokens"
     if what == "loss":
         documents = read_documents(results, (row.model for row in longest), length)
@@ -188,7 +189,7 @@ def repeats_section(results: Results) -> Section | None:
     rows = tables.loss_by_repeat(results)
     if not rows:
         return None
-    length, longest = _longest(rows)
+    length, longest = _longest(_drawn(results, rows))
     documents = read_documents(results, (row.model for row in longest), length)
     starts = sorted({(row.high == 0, row.low) for row in longest})
     place = {start: float(rank) for rank, start in enumerate(starts)}
@@ -198,7 +199,7 @@ def repeats_section(results: Results) -> Section | None:
     }
     series = {label: found for label, found in points.items() if found}
     axis = "tokens since the 3-gram was last seen, at least"
-    svg = lines(series, axis, "loss (nats/token)", order=list(results.models), marks=marks)
+    svg = lines(series, axis, "loss (nats/token)", order=results.drawn, marks=marks)
     caption = f"Mean loss by distance to the last occurrence, {documents}"
     made = [_pivot(rows, results, "Mean loss in nats/token by distance to the last occurrence of the token's 3-gram")]
     if any(row.difference for row in rows):
@@ -224,6 +225,12 @@ def _position(bucket: tables.Bucket) -> str:
     if not bucket.high:
         return number(None)
     return f"{bucket.low:,}" if bucket.high - bucket.low <= 1 else f"{bucket.low:,} to {bucket.high - 1:,}"
+
+
+def _drawn(results: Results, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the models that pictures are about, if there are any."""
+    drawn = results.drawn
+    return [row for row in rows if row.model in drawn] or list(rows)
 
 
 def _longest(rows: Sequence[tables.Bucket]) -> tuple[int, list[tables.Bucket]]:

@@ -225,6 +225,39 @@ def bars(labels: Sequence[str], groups: Mapping[str, Sequence[float]], ylabel: s
         return as_svg(figure, axes, list(groups) if len(groups) > 1 else [])
 
 
+def layer_bars(values: Sequence[float], full: Sequence[Sequence[int]], marked: Sequence[Sequence[int]]) -> str:
+    """A small picture with a bar for every layer, pale where the layer is in none of `full`.
+
+    Args:
+        full: layers of each fill; one that is in several has the first. marked: layers of each sign above the bars.
+
+    Raises:
+        ValueError: no values.
+        InputError: matplotlib is not installed.
+    """
+    if not values:
+        raise ValueError("layer_bars needs at least one layer")
+    with drawing(3.4, 1.9 + 0.1 * len(marked)) as (figure, axes):
+        filled = [
+            next((rank for rank, layers in enumerate(full) if place in layers), None) for place in range(len(values))
+        ]
+        for place, (value, rank) in enumerate(zip(values, filled, strict=True)):
+            if rank is None:
+                axes.bar([place], [value], 0.8, color=COLOURS[-1], alpha=0.45)
+            else:
+                fill = {"color": _turn(COLOURS, rank), "hatch": _turn(HATCHES, rank), "edgecolor": PAPER}
+                axes.bar([place], [value], 0.8, linewidth=0, **fill)
+        for rank, layers in enumerate(marked):
+            height = [1.05 + 0.09 * rank] * len(layers)
+            sign = {"marker": _turn(MARKERS, rank), "color": _turn(COLOURS, rank), "linestyle": ""}
+            axes.plot(list(layers), height, transform=axes.get_xaxis_transform(), clip_on=False, markersize=4, **sign)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set(xlabel="layer", xlim=(-0.8, len(values) - 0.2))
+        axes.xaxis.set_major_locator(_whole_numbers())
+        axes.yaxis.set_major_locator(_few_numbers())
+        return as_svg(figure, axes, [])
+
+
 def short(label: str, letters: int = 48) -> str:
     """One line of at most so many letters; the middle of a longer label is left out."""
     label = " ".join("".join(letter if letter.isprintable() else " " for letter in label).split())
@@ -241,6 +274,12 @@ def _whole_numbers() -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=6, integer=True)
+
+
+def _few_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=4)
 
 
 def _turn(values: Sequence[Any], rank: int) -> Any:

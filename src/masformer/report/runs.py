@@ -1,4 +1,4 @@
-"""Run folders, read: what evaluations measured and how trainings went, together as one `Results`.
+"""Run folders, read: what evaluations measured, how trainings went and what was selected, as one `Results`.
 
     results = read_results([Path("runs/eval"), Path("runs/recovery")])
     results.models["parent"].plan, results.records["loss"], results.trainings
@@ -9,6 +9,7 @@ Models keep the order of their runs; a label that two runs use gets the folder's
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,9 +20,13 @@ from typing import Any
 
 from ..errors import CorruptError, InputError
 from ..evaluation.results import FACTS, RECORDS, read_run
+from ..selection.outcome import FILE, HELD_OUT, TRAINED
 from ..spans import PlanError, SpanPlan
+from .choices import Selection, read_selection
 
 METRICS, RECIPE = "metrics.jsonl", "recipe.json"
+TRAININGS = "training"  # the folder of a selection's trainings
+MANY = 12  # models; of more, those of a selection that were not chosen are in the tables alone
 Record = dict[str, Any]
 
 NUMBERS = {
@@ -44,8 +49,6 @@ BUCKETS = {"buckets": {"loss": 4, "fidelity": 5}, "repeats": {"loss": 4}}
 """Lists of buckets, and how many numbers a bucket of each suite has."""
 COSTS = ("attention_pairs", "kv_bytes_held", "prefill_kv_peak")
 FLOPS = ("prefill_flops", "training_flops", "decode_flops")
-FEW = 10  # documents; with fewer, intervals are clearly too narrow
-COMPARED = ("versions", "device", "settings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +62,17 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One folder of `masformer train`: its recipe, and the lines of metrics.jsonl by step, of each step the last."""
+    """One folder of `masformer train`: its recipe, and the lines of metrics.jsonl by step, of each step the last.
+
+    of: the selection that it belongs to.
+    """
 
     folder: Path
     name: str
     recipe: dict[str, Any]
     steps: dict[int, Record]
     held_out: dict[int, Record]
+    of: str = ""
 
     @property
     def kinds(self) -> list[str]:
@@ -126,10 +133,36 @@ class Results:
     records: dict[str, list[Record]]
     evaluations: dict[str, Evaluation]
     trainings: list[Training]
+    selections: list[Selection] = dataclasses.field(default_factory=list)
+
+    @property
+    def drawn(self) -> list[str]:
+        """The models that pictures and sentences are about: all, or of many those that no selection passed over."""
+        main = {each.name: each.main for each in self.selections}
+        return [
+            label
+            for label, model in self.models.items()
+            if len(self.models) <= MANY
+            or model.run not in main
+            or label.removesuffix(f" ({model.run})").removesuffix(f", {TRAINED}") in main[model.run]
+        ]
+
+    @property
+    def drawn_trainings(self) -> list[Training]:
+        """Those of the same plans."""
+        main = {each.name: set(map(str, each.main.values())) for each in self.selections}
+        few = len(self.trainings) <= MANY
+        return [each for each in self.trainings if few or not each.of or each.recipe.get("plan") in main[each.of]]
+
+    def alone(self, name: str) -> Results:
+        """One evaluation under the labels that its folder has."""
+        return _joined({name: self.evaluations[name]} if name in self.evaluations else {}, [])
 
 
 def read_results(folders: Sequence[Path]) -> Results:
-    """Read evaluation and training runs, in any order and number; a folder named twice counts once.
+    """Read evaluation and training runs and selections, in any order and number; a folder named twice counts once.
+
+    A selection brings its held-out evaluation under its own name, as far as that has got, and its trainings.
 
     Raises:
         InputError: no folder, one that holds no run, or one with no number in it yet.
@@ -137,18 +170,44 @@ def read_results(folders: Sequence[Path]) -> Results:
     """
     if not folders:
         raise InputError("name at least one run folder")
-    folders = list({folder.resolve(): folder for folder in folders}.values())
+    folders = _outer(folders)
     names = dict(zip(folders, _names(folders), strict=True))
-    evaluations, trainings = {}, []
+    evaluations: dict[str, Evaluation] = {}
+    trainings: list[Training] = []
+    selections: list[Selection] = []
     for folder, name in names.items():
+        if (folder / FILE).exists():
+            selections.append(read_selection(folder, name))
+            with contextlib.suppress(InputError):  # nothing is there yet
+                evaluations[name] = _evaluation(folder / HELD_OUT)
+            for each in sorted((folder / TRAININGS).glob(f"*/{METRICS}")):
+                with contextlib.suppress(InputError):
+                    trainings.append(_training(each.parent, each.parent.name, name))
+            continue
         kinds = [(folder / RECORDS).exists() or (folder / FACTS).exists(), (folder / METRICS).exists()]
         if not any(kinds):
-            raise InputError(f"{folder} is no run folder: it holds neither {RECORDS} nor {METRICS}")
+            raise InputError(f"{folder} is no run folder: it holds none of {RECORDS}, {METRICS}, {FILE}")
         if kinds[0]:
             evaluations[name] = _evaluation(folder)
         if kinds[1]:
             trainings.append(_training(folder, name))
-    return _joined(evaluations, trainings)
+    return dataclasses.replace(_joined(evaluations, _told_apart(trainings)), selections=selections)
+
+
+def _outer(folders: Sequence[Path]) -> list[Path]:
+    """Each folder once; none that lies in a selection which is there too."""
+    named = {folder.resolve(): folder for folder in folders}
+    selected = {path for path, folder in named.items() if (folder / FILE).exists()}
+    return [folder for path, folder in named.items() if not selected.intersection(path.parents)]
+
+
+def _told_apart(trainings: Sequence[Training]) -> list[Training]:
+    """With the name of the selection added where two have the same name."""
+    used = collections.Counter(each.name for each in trainings)
+    return [
+        dataclasses.replace(each, name=f"{each.name} ({each.of})") if each.of and used[each.name] > 1 else each
+        for each in trainings
+    ]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -230,7 +289,7 @@ def _are_buckets(value: Any, size: int) -> bool:
     )
 
 
-def _training(folder: Path, name: str) -> Training:
+def _training(folder: Path, name: str, of: str = "") -> Training:
     try:
         recipe = json.loads((folder / RECIPE).read_text("utf-8"))
         lines = (folder / METRICS).read_bytes().split(b"\n")[:-1]
@@ -248,7 +307,7 @@ def _training(folder: Path, name: str) -> Training:
             raise CorruptError(f"{folder / METRICS}, line {number} is damaged") from error
     if not steps and not held_out:
         raise InputError(f"{folder} holds no step yet")
-    return Training(folder, name, recipe, steps, held_out)
+    return Training(folder, name, recipe, steps, held_out, of)
 
 
 def _joined(evaluations: dict[str, Evaluation], trainings: list[Training]) -> Results:
@@ -290,79 +349,3 @@ def by_document(records: Iterable[Record]) -> dict[Hashable, Record]:
         named[*same, seen[same]] = record
         seen[same] += 1
     return named
-
-
-def counts(results: Results) -> dict[tuple[str, str], int]:
-    """How many items were measured, by suite and model; of an lm-eval task the most, if it was run more than once."""
-    order = list(results.models)
-    others = {suite: records for suite, records in results.records.items() if suite != "lm-eval"}
-    found = collections.Counter((suite, record["model"]) for suite, records in others.items() for record in records)
-    most: dict[tuple[str, str], int] = {}
-    for record in results.records.get("lm-eval", []):
-        key = record["model"], record["task"]
-        most[key] = max(most.get(key, 0), _harness_items(record))
-    for (label, _), items in most.items():
-        found["lm-eval", label] += items
-    return dict(sorted(found.items(), key=lambda pair: (pair[0][0], order.index(pair[0][1]))))
-
-
-def _harness_items(record: Record) -> int:
-    """Of the task or group that was asked for, if it has metrics of its own, or of all its tasks."""
-    items = {row["task"]: round(row["items"]) for row in harness_rows(record)}
-    return items.get(record["task"], sum(items.values()))
-
-
-def caveats(results: Results) -> list[str]:
-    """What the numbers do not say: intervals that are missing or rough, models that were measured on other items."""
-    words = []
-    for suite, records in results.records.items():
-        sizes = collections.Counter((r["model"], r.get("length")) for r in records).values()
-        if suite in ("loss", "summary", "fidelity") and 1 in sizes:
-            words.append(f"Intervals of {suite} are missing where one document was read: nothing says how two differ.")
-        if suite in ("loss", "summary", "fidelity") and (few := [size for size in sizes if 1 < size < FEW]):
-            words.append(f"Intervals of {suite} rest on as few as {min(few)} documents and are too narrow.")
-        if suite == "recall":
-            cells = collections.Counter((r["model"], r["task"], r["length"], r.get("depth")) for r in records).values()
-            some = f"{min(cells)} to {max(cells)}" if len(set(cells)) > 1 else f"{min(cells)}"
-            words.append(f"Items behind each number of recall by length and depth: {some}.")
-    return words + _unequal(results)
-
-
-def _unequal(results: Results) -> list[str]:
-    """Suites of which a model lacks items that another model of the same run has: its means are of something else."""
-    words = []
-    for suite, records in results.records.items():
-        items: dict[str, dict[str, set[Any]]] = {}
-        for record in records:
-            run = items.setdefault(results.models[record["model"]].run, {})
-            run.setdefault(record["model"], set()).add((record.get("task"), record.get("length"), record.get("item")))
-        what = "tasks (with their limits)" if suite == "lm-eval" else "items"
-        for name, run in items.items():
-            every = set().union(*run.values())
-            first, *others = (label for label, model in results.models.items() if model.run == name)
-            for label in others if suite == "fidelity" else (first, *others):  # the first one is what it compares with
-                if missing := len(every - run.get(label, set())):
-                    words.append(f"{label} lacks {missing:,} of {len(every):,} {what} of {suite} that others have.")
-    return words
-
-
-def disagreements(results: Results) -> list[str]:
-    """In which versions, settings or devices the evaluations differ, or models in their dtype: a sentence for each."""
-    facts = {name: _flat({k: run.facts.get(k) for k in COMPARED}) for name, run in results.evaluations.items()}
-    sentences = []
-    for key in dict.fromkeys(key for flat in facts.values() for key in flat):
-        values = {name: flat.get(key, "not given") for name, flat in facts.items()}
-        if len(set(values.values())) > 1:
-            sentences.append(f"The runs differ in {key}: " + "; ".join(f"{v} in {n}" for n, v in values.items()) + ".")
-    dtypes = {label: model.dtype or "not given" for label, model in results.models.items()}
-    if len(set(dtypes.values())) > 1:
-        words = "; ".join(f"{dtype} of {label}" for label, dtype in dtypes.items())
-        sentences.append(f"The models differ in dtype, and so in the bytes of their KV cache: {words}.")
-    return sentences
-
-
-def _flat(value: Any, name: str = "") -> dict[str, str]:
-    """Nested objects as one, `settings.seed`, with values in words."""
-    if isinstance(value, dict):
-        return {k: v for key in value for k, v in _flat(value[key], f"{name}.{key}".lstrip(".")).items()}
-    return {name: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value}
