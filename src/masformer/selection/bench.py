@@ -173,7 +173,7 @@ def measure_probe(
     states: States = []
     last: SpanPlan | None = None
     with evaluating(model):
-        for plan in [*first, *sorted(set(plans), key=in_order)]:
+        for plan in [*first, *sorted({*plans} - {*first}, key=in_order)]:
             with applied(model, plan), resumed(model, states, 0 if last is None else shared(last, plan)):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, places - 1]
             last = plan

@@ -41,8 +41,8 @@ def gated(model: Any, space: Space, gates: Tensor) -> Iterator[None]:
 
     def blend(local: Span, gate: Tensor) -> Watch:
         def mixed(span: Span, over: Callable[[Span], Tensor], *_: Any) -> Tensor:
-            full, short = over(span), over(local)
-            return short + gate.to(full.dtype) * (full - short)
+            full = over(span)
+            return torch.lerp(over(local), full, gate.to(full.dtype))  # exact at both ends
 
         return mixed
 

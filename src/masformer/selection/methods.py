@@ -114,21 +114,31 @@ def _gates(hard: bool, task: Task) -> SpanPlan:
         return learned(task.bench.model, task.space, probes(), count=count, steps=GATE_STEPS, hard=hard, seed=task.seed)
 
     values = task.kept(f"gates {hard} {count} {GATE_STEPS} {task.seed}", learn)
-    return task.space.mixed(order_of(values)[:count])
+    return search.top(task.bench, task.space, task.budget, order_of(values))
 
 
 def _prune(task: Task) -> SpanPlan:
     """Of twice the layers that may be full, and at least 16, those that lose least are given up one by one."""
-    order = order_of(task.scores(next(score for score in SCORES if score.name == "path")))
+    order = _order(task, "path")
     start = task.space.parent
     if task.budget.within is None:
-        start = task.space.mixed(order[: max(2 * task.budget.count(task.space), FEWEST)])
+        start = task.space.mixed(order[: _first(len(order), task.budget.count(task.space))])
     return search.backward(task.bench, task.space, task.budget, start)
 
 
+def _first(layers: int, count: int) -> int:
+    """With how many layers `prune` begins, where `count` may be full."""
+    return min(layers, max(2 * count, FEWEST))
+
+
 def _exact(task: Task) -> SpanPlan:
-    scores = task.scores(next(score for score in SCORES if score.name == "recall"))
-    return search.exact(task.bench, task.space, task.budget, order_of(scores)[:CANDIDATES])
+    return search.exact(task.bench, task.space, task.budget, _order(task, "recall")[:CANDIDATES])
+
+
+def _order(task: Task, name: str) -> list[int]:
+    """The layers that have a choice, by falling score."""
+    scores = task.scores(next(score for score in SCORES if score.name == name))
+    return [layer for layer in order_of(scores) if layer in task.space.layers]
 
 
 def _searches() -> Iterator[Method]:
@@ -165,7 +175,7 @@ def _searches() -> Iterator[Method]:
         "backward from the highest of the score path",
         "",
         _prune,
-        lambda layers, count, probes: 4.0 * PATH_PROBES + (FEWEST + 4 * (FEWEST - count)) * probes / 2,
+        lambda layers, count, probes: 4.0 * PATH_PROBES + (5 * _first(layers, count) - 4 * count) * probes / 2,
         learns=True,
     )
     yield Method(

@@ -100,7 +100,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 
 def _refuse_foreign(folder: Path) -> None:
     found = {file.name for file in folder.iterdir()}
-    if FILE not in found and found - FRESH - {f"{FILE}.part"}:
+    if not found & {FILE, STORE} and found - FRESH - {f"{FILE}.part"}:
         raise InputError(f"{folder} is not empty and holds no selection: name a new folder")
 
 

@@ -117,16 +117,16 @@ def mass_beyond(bench: Bench, space: Space, *, last: bool) -> list[float]:
 def _beyond(query: Tensor, key: Tensor, how: Softmax, places: Tensor, local: Span) -> float:
     """Mean weight on keys that `local` does not see, of queries `[batch, heads, queries, dim]` at `places`.
 
-    With a 1 as the value of every key that is seen by one query and a 0 elsewhere, attention gives their weights' sum.
+    With a 1 as the value of every key that one query would lose and a 0 elsewhere, attention gives their weights' sum.
     """
     keys = torch.arange(key.shape[2], device=key.device)
-    causal = keys <= places[:, None]
     starts = torch.tensor([local.start(int(place)) for place in places], device=key.device)
-    inside = causal & ((keys >= starts[:, None]) | (keys < local.sinks))
-    values = inside.T.float().expand(*key.shape[:2], *inside.T.shape)  # [batch, kv_heads, keys, queries]
+    causal = keys <= places[:, None]
+    beyond = (keys < starts[:, None]) & (keys >= local.sinks)
+    values = beyond.T.float().expand(*key.shape[:2], *beyond.T.shape)  # [batch, kv_heads, keys, queries]
     exact = dataclasses.replace(how, dropout=0.0)
-    seen = exact.attend(query.float(), key.float(), values, mask=causal).diagonal(dim1=2, dim2=3)
-    return 1 - float(seen.double().mean())
+    weight = exact.attend(query.float(), key.float(), values, mask=causal).diagonal(dim1=2, dim2=3)
+    return float(weight.double().mean())
 
 
 LISTED = (

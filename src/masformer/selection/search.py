@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import InputError
 from ..spans import SpanPlan
-from .bench import Bench, in_order
+from .bench import Bench
 from .space import Budget, Space
 
 MOST_PLANS = 1000
@@ -55,8 +55,8 @@ def forward(bench: Bench, space: Space, budget: Budget, width: int = 1) -> SpanP
         keeping = [plan for plan in beam if budget.within is not None and _keeps(bench, budget, plan)]
         if keeping:
             return min(keeping, key=budget.price)
-        moves = {longer for plan in beam for longer in space.longer(plan) if budget.fits(longer)}
-        beam = _ranked(bench, space, budget, sorted(moves, key=in_order))[:width]
+        moves = dict.fromkeys(longer for plan in beam for longer in space.longer(plan) if budget.fits(longer))
+        beam = _ranked(bench, space, budget, [*moves])[:width]
         seen += beam
     return _best(bench, seen)
 

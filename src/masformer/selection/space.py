@@ -93,11 +93,19 @@ class Budget:
         return self.most is None or self.price(plan) <= self.most
 
     def check(self, space: Space) -> None:
-        """Refuse a budget that no plan keeps to, or that even the parent keeps to.
+        """Refuse a budget that no plan keeps to, or that even the parent keeps to, or under which a longer span costs
+        no more than a shorter one.
 
         Raises:
-            InputError: with what the cheapest plan or the parent costs.
+            InputError: with what the cheapest plan or the parent costs, or the spans.
         """
+        options = space.options[space.layers[0]]
+        prices = [self.price(space.with_span(space.shortest, space.layers[0], span)) for span in options]
+        if prices != sorted({*prices}):
+            raise InputError(
+                f"by {self.words} some of {', '.join(map(str, options))} cost the same: leave out sizes, "
+                "or give a length at which they differ"
+            )
         if not self.fits(space.shortest):
             least = self.price(space.shortest)
             raise InputError(f"{self.words} are not enough: with no full layer the model takes {least:,.4g}")

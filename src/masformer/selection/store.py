@@ -41,7 +41,9 @@ class Store(dict[str, Any]):
             store.file = file
             for number, line in enumerate(content[:whole].splitlines(), start=1):
                 try:
-                    key, value = json.loads(line)
+                    [key, value] = found = json.loads(line)
+                    if not isinstance(found, list) or not isinstance(key, str):
+                        raise ValueError(line)
                 except (ValueError, RecursionError, TypeError) as error:
                     raise CorruptError(f"{file}, line {number} is damaged: delete it, it is measured again") from error
                 store[key] = value

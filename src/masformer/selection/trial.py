@@ -121,13 +121,13 @@ def try_trained(
     """
     _write_texts(trial, folder)
     for label, plan in plans.items():
-        name = f"{label}, {TRAINED}"
-        if _measured(trial, name, plan, folder):
-            continue
-        say(f"training {label}, {steps} steps")
-        checkpoint = _trained(_recipe(trial, label, plan, folder, steps), trial.device == "cpu")
-        _evaluate(trial, [trial.subject(name, plan, str(checkpoint))], folder, progress)
-        shutil.rmtree(checkpoint)
+        name, recipe = f"{label}, {TRAINED}", _recipe(trial, label, plan, folder, steps)
+        if not _measured(trial, name, plan, folder):
+            say(f"training {label}, {steps} steps")
+            checkpoint = _trained(recipe, trial.device == "cpu")
+            _evaluate(trial, [trial.subject(name, plan, str(checkpoint))], folder, progress)
+        for weights in Path(recipe.output).glob("checkpoint-*"):  # those of a run that was cut off here, too
+            shutil.rmtree(weights)
 
 
 def _measured(trial: Trial, label: str, plan: SpanPlan, folder: Path) -> bool:
