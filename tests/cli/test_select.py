@@ -60,7 +60,7 @@ def contents(out):
 
 def test_a_run_chooses_for_every_budget_and_tries_every_distinct_plan(done, command, parent, texts, tmp_path):
     found = selection(done)
-    assert [budget["words"] for budget in found["budgets"]] == ["1 full layers", "2 full layers"]
+    assert [budget["words"] for budget in found["budgets"]] == ["1 full layer", "2 full layers"]
     model, local = load(str(parent)), Window(16, sinks=2)
     labels = {"parent", "all local"}
     for count, budget in enumerate(found["budgets"], start=1):
@@ -151,16 +151,16 @@ def test_methods_and_budgets_that_are_asked_for_later_are_added(done, command, t
     before, first = contents(out), selection(out)
     answer(capsys, *command, "--full", 2, "--methods", "top,kl", "--out", out)
     then = selection(out)
-    assert [budget["words"] for budget in then["budgets"]] == ["2 full layers", "1 full layers"]
+    assert [budget["words"] for budget in then["budgets"]] == ["2 full layers", "1 full layer"]
     assert then["budgets"][1] == first["budgets"][0]
     plans = then["budgets"][0]["plans"]
-    assert [*plans] == ["bottom", "top", "recall", "kl", "backward"]
+    assert [*plans] == ["bottom", "recall", "backward", "top", "kl"]
     assert {name: plans[name] for name in first["budgets"][1]["plans"]} == first["budgets"][1]["plans"]
     assert then["scores"].keys() == {"recall", "kl"}
     assert all(contents(out)[name].startswith(before[name]) for name in before)
     answer(capsys, *command, "--full", 3, "--methods", "bottom", "--out", out)
     last = selection(out)
-    assert [budget["words"] for budget in last["budgets"]] == ["3 full layers", "2 full layers", "1 full layers"]
+    assert [budget["words"] for budget in last["budgets"]] == ["3 full layers", "2 full layers", "1 full layer"]
     assert last["budgets"][1:] == then["budgets"]
 
 
@@ -257,7 +257,7 @@ def test_a_command_that_cannot_be_meant_is_refused(options, says, parent, texts,
         (["--full", LAYERS], "4 full layers are enough for the parent (4): nothing to choose"),
         (["--full", 1, "--sizes", "64"], "bottom chooses which layers are full, not among sizes: use forward"),
         (["--full", 1, "--sizes", "64", "--methods", "forward"], "with several sizes the budget must be one of KV"),
-        (["--kv-bytes", 10], "10 bytes of KV cache at 4,096 tokens are not enough: with no full layer"),
+        (["--kv-bytes", 10], "10 bytes of KV cache up to 4,096 tokens are not enough: with no full layer"),
         (["--flops", "1e30", "--at", 600], "are enough for the parent"),
         (["--kv-bytes", 50000, "--at", 40, "--sizes", "64", "--methods", "forward"], "cost the same: leave out sizes"),
         (["--full", 1, "--length", POSITIONS + 1], "4,096"),

@@ -189,14 +189,11 @@ def test_the_gates_that_are_drawn_are_open_as_often_as_is_said() -> None:
 def test_learning_depends_on_the_seed_alone_and_leaves_the_weights(hard: bool) -> None:
     model = tiny(dtype=torch.float32)
     space, weights = space_of(model), [parameter.clone() for parameter in model.parameters()]
-    steps: list[int] = []
 
     def values(seed: int) -> list[float]:
-        probes = (probe(step) for step in range(6))
-        return learned(model, space, probes, count=2, steps=6, hard=hard, seed=seed, progress=steps.append)
+        return learned(model, space, [probe(step) for step in range(6)], count=2, hard=hard, seed=seed)
 
     first = values(0)
-    assert steps == [1, 2, 3, 4, 5, 6]
     assert values(0) == first
     assert (values(1) == first) == (not hard)
     assert all(0 <= value <= 1 for value in first)
@@ -210,7 +207,7 @@ def test_the_pressure_closes_layers_that_do_nothing_down_to_the_count(hard: bool
         torch.nn.init.zeros_(module.o_proj.weight)
     space = space_of(model)
     probes = [probe(step) for step in range(48)]
-    sums = [sum(learned(model, space, probes, count=count, steps=48, hard=hard)) for count in (1, 3)]
+    sums = [sum(learned(model, space, probes, count=count, hard=hard)) for count in (1, 3)]
     assert sums[0] < sums[1] - 0.5
     assert sums[1] < 3.7
 
@@ -222,8 +219,8 @@ def test_layers_without_a_choice_are_not_counted_among_the_open_ones(hard: bool)
     for module in attention_modules(model):
         torch.nn.init.zeros_(module.o_proj.weight)
     space, probes = space_of(model), [probe(step) for step in range(12)]
-    shut = learned(model, space, probes, count=0, steps=12, hard=hard)
-    left = learned(model, space, probes, count=2, steps=12, hard=hard)
+    shut = learned(model, space, probes, count=0, hard=hard)
+    left = learned(model, space, probes, count=2, hard=hard)
     assert len({*left}) == 1
     assert [value < left[0] for value in shut] == [False, True, False, True]
 

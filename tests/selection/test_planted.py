@@ -48,7 +48,7 @@ def space() -> Space:
 
 def task(benches: dict[int, Bench], space: Space, hops: int, seed: int = 0, budget: Budget | None = None) -> Task:
     budget = full_budget(len(S[hops])) if budget is None else budget
-    return Task(benches[hops], space, budget, Items(hops), seed)  # type: ignore[arg-type]
+    return Task(benches[hops], space, budget, seed)
 
 
 @pytest.mark.parametrize("hops", S)

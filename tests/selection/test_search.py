@@ -231,7 +231,7 @@ def test_with_several_sizes_plans_keep_to_the_budget_and_leave_little_of_it(seed
     budget = kv(space, share)
     loss = additive(space, seed)
     bench: Any = Bench(space, loss)
-    plan = METHODS[find].choose(Task(bench, space, budget, None))
+    plan = METHODS[find].choose(Task(bench, space, budget))
     assert plan is not None
     assert budget.fits(plan)
     assert all(span in options for span, options in zip(plan, space.options, strict=True))
@@ -317,13 +317,12 @@ def test_too_many_combinations_are_refused_with_their_number() -> None:
 def test_layers_without_a_choice_take_no_place_among_the_best(name: str, monkeypatch: Any) -> None:
     """They score 0, which is more than layers that get better when they go local."""
     monkeypatch.setattr("masformer.selection.methods.FEWEST", 3)
-    monkeypatch.setattr("masformer.selection.methods.CANDIDATES", 3)
+    monkeypatch.setattr("masformer.selection.methods.MOST_WAYS", 3)
     space = space_of(without=(0, 1))
     bench: Any = Bench(space, additive(space, 0))
     bench.basis = "made up"
-    task = Task(bench, space, full_budget(1), None)
-    score = {"prune": "path", "exact": "recall"}[name]
-    task.kept(f"score {score}", lambda: [0.0, 0.0, -1.0, -2.0, -3.0, -4.0])
+    task = Task(bench, space, full_budget(1))
+    task.kept("score path", lambda: [0.0, 0.0, -1.0, -2.0, -3.0, -4.0])
     plan = METHODS[name].choose(task)
     assert plan is not None
     assert len(plan.full_layers) == 1
@@ -335,7 +334,8 @@ def test_gates_of_layers_without_a_choice_are_not_counted_as_open(hard: bool) ->
     space = space_of(without=(0, 1))
     bench: Any = Bench(space, additive(space, 0))
     bench.basis = "made up"
-    task = Task(bench, space, full_budget(2), object(), 7)  # type: ignore[arg-type]
+    bench.items = object()
+    task = Task(bench, space, full_budget(2), 7)
     task.kept(f"gates {hard} 2 {GATE_STEPS} 7", lambda: [1.0, 1.0, 0.3, 0.1, 0.9, 0.2])
     plan = METHODS["gates-l0" if hard else "gates"].choose(task)
     assert plan == space.mixed([2, 4])
@@ -345,8 +345,9 @@ def test_gates_need_items_and_a_number_of_layers() -> None:
     space = space_of()
     bench: Any = Bench(space, additive(space, 0))
     for budget, items in ((full_budget(2), None), (nats_budget(0.1), object())):
+        bench.items = items
         with pytest.raises(InputError, match="gates need recall items"):
-            METHODS["gates"].choose(Task(bench, space, budget, items))  # type: ignore[arg-type]
+            METHODS["gates"].choose(Task(bench, space, budget))
 
 
 def test_a_rule_places_layers_among_those_that_have_a_choice() -> None:
@@ -354,7 +355,7 @@ def test_a_rule_places_layers_among_those_that_have_a_choice() -> None:
     bench: Any = Bench(space, additive(space, 0))
 
     def layers(name: str, count: int = 2, seed: int = 0) -> tuple[int, ...] | None:
-        plan = METHODS[name].choose(Task(bench, space, full_budget(count), None, seed))
+        plan = METHODS[name].choose(Task(bench, space, full_budget(count), seed))
         return None if plan is None else plan.full_layers
 
     assert layers("bottom") == (1, 2)

@@ -70,7 +70,7 @@ def test_a_cost_pays_for_as_many_layers_as_the_exact_arithmetic_says(make: objec
 
     def price(full: int) -> float:
         found = cost(SHAPE, space.mixed(space.layers[:full]), 100)
-        return found.kv_bytes_held if make is kv_budget else found.prefill_flops.attention
+        return found.kv_bytes_peak if make is kv_budget else found.prefill_flops.attention
 
     for full, more in itertools.product(range(3), (0, 1)):
         budget: Budget = make(SHAPE, price(full) + more, 100)  # type: ignore[operator]

@@ -83,9 +83,9 @@ def watched(modules: Sequence[nn.Module], watches: Sequence[Watch]) -> Iterator[
     """Inside the block each of these attention modules of a converted model computes what its `Watch` returns:
     `[batch, heads, tokens, value dim]`.
     """
-    for module, watch in zip(modules, watches, strict=True):
-        module.watch = watch  # type: ignore[assignment]
     try:
+        for module, watch in zip(modules, watches, strict=True):
+            module.watch = watch  # type: ignore[assignment]
         yield
     finally:
         for module in modules:

@@ -29,6 +29,7 @@ from ..models.tokenizer import load_tokenizer
 from ..spans import ModelShape, Span, SpanPlan, cost
 from .bench import Bench, measure_probe
 from .methods import METHODS, Method, Task
+from .outcome import best
 from .probes import Probe, document_probes, recall_probe, recall_sequences
 from .score import SCORES
 from .space import Budget, Space
@@ -64,6 +65,10 @@ class Asked:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if any(budget.within is not None for budget in self.budgets):
+            for method in self.methods:
+                if not method.within:
+                    raise InputError(f"{method.name} needs a budget that says how many layers may be full, no --within")
         if len(self.local) > 1 and (wrong := [method.name for method in self.methods if not method.sizes]):
             able = [name for name, method in METHODS.items() if method.sizes]
             raise InputError(f"{wrong[0]} chooses which layers are full, not among sizes: use {', '.join(able)}")
@@ -131,7 +136,7 @@ class Prepared:
     def forwards(self) -> float:
         """How many forwards of a probe the methods take at most, under the parent's spans."""
         asked, layers, probes = self.asked, len(self.space.layers), len(self.probes)
-        counts = [budget.count(self.space) for budget in asked.budgets]
+        counts = [budget.count(self.space) if budget.within is None else 0 for budget in asked.budgets]
         searches = sum(method.effort(layers, count, probes) for method in asked.methods for count in counts)
         return probes * (2 + len(asked.methods) * len(counts)) + searches
 
@@ -191,7 +196,7 @@ def choose(
     )
     minutes = prepared.forwards() * _seconds(bench) / 60
     say(f"about {minutes:.0f} minutes to choose at most, less what was measured before")
-    tasks = [Task(bench, space, budget, prepared.items, asked.seed) for budget in asked.budgets]
+    tasks = [Task(bench, space, budget, asked.seed) for budget in asked.budgets]
     names = [method.name for method in asked.methods if method.kind == "score"]
     return {
         "budgets": [_for_budget(prepared, task, say) for task in tasks],
@@ -213,7 +218,7 @@ def _for_budget(prepared: Prepared, task: Task, say: Callable[[str], Any]) -> di
     if not rows:
         names = ", ".join(method.name for method in prepared.asked.methods)
         raise InputError(f"none of {names} has a plan within {task.budget.words}")
-    return {"words": task.budget.words, "chosen": min(rows, key=lambda name: rows[name]["nats"]), "plans": rows}
+    return {"words": task.budget.words, "chosen": best(rows), "plans": rows}
 
 
 def _seconds(bench: Bench) -> float:

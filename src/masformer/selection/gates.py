@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,14 +90,12 @@ def first_order(model: Any, space: Space, probes: Sequence[Probe], points: Seque
 def learned(
     model: Any,
     space: Space,
-    probes: Iterable[Probe],
+    probes: Sequence[Probe],
     *,
     count: int,
-    steps: int,
     hard: bool = False,
     rate: float = 0.1,
     seed: int = 0,
-    progress: Callable[[int], Any] = lambda step: None,
 ) -> list[float]:
     """How far each layer's gate stays open when the loss is learned together with a pressure to close all but `count`.
 
@@ -106,7 +104,7 @@ def learned(
     that are not shut (L0), which are then drawn from the hard concrete distribution at every step.
 
     Args:
-        probes: one for every step, all different where they can be.
+        probes: one for every step.
         rate: of Adam.
     """
     layers, random = len(space.options), torch.Generator().manual_seed(seed)
@@ -114,9 +112,9 @@ def learned(
     free = torch.zeros(layers).index_fill(0, torch.tensor(space.layers), 1.0)
     optimizer = torch.optim.Adam([raw], lr=rate, betas=(0.9, 0.99))
     pressure = 0.0
-    for step, probe in zip(range(steps), probes, strict=False):
+    for step, probe in enumerate(probes):
         open_, gates = _hard(raw, random) if hard else (raw.clamp(0, 1), raw.clamp(0, 1))
-        target = len(space.layers) + (count - len(space.layers)) * min(1.0, 1.5 * (step + 1) / steps)
+        target = len(space.layers) + (count - len(space.layers)) * min(1.0, 1.5 * (step + 1) / len(probes))
         with gated(model, space, gates.to(model.device)):
             excess = ((open_ * free).sum() - target) / len(space.layers)
             (loss_of(model, probe) + pressure * excess).backward()
@@ -126,7 +124,6 @@ def learned(
         if not hard:
             with torch.no_grad():
                 raw.clamp_(0, 1)
-        progress(step + 1)
     return [float(x) for x in (_open(raw) if hard else raw).detach()]
 
 

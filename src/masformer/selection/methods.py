@@ -10,33 +10,30 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ..data.recall import RecallSequences
 from ..data.seeds import generator
 from ..errors import InputError
 from ..spans import LAYOUTS, PLACEMENTS, SpanPlan, layout
 from . import search
 from .bench import Bench
 from .gates import learned
-from .probes import Probe, recall_probe
 from .score import LISTED as SCORES
 from .score import PATH_PROBES, Score
 from .search import order_of
 from .space import Budget, Space
 
 GATE_STEPS = 48
-CANDIDATES, WIDTH, FEWEST = 10, 3, 16
-"""How many layers, the best by the score `recall`, an exact search chooses from; how many plans a beam follows; with
-how many layers `prune` begins at least."""
+MOST_WAYS, WIDTH, FEWEST = 100, 3, 16
+"""How many plans an exact search measures at most, and how many a beam follows; with how many layers `prune` begins at
+least."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a method gets. items: recall items without end, of which the first are probes of the bench; None without."""
+    """What a method gets."""
 
     bench: Bench
     space: Space
     budget: Budget
-    items: RecallSequences | None
     seed: int = 0
 
     def scores(self, score: Score) -> list[float]:
@@ -57,6 +54,7 @@ class Method:
 
     choose: the plan of a task; None where the method has none within the budget.
     sizes: whether it can choose between several local spans. learns: whether it takes gradients.
+    within: whether it can find how many layers a budget of nats needs.
     effort: probes' forwards that it takes at most, of (layers, full layers wanted, probes); a backward counts two.
     """
 
@@ -68,6 +66,7 @@ class Method:
     effort: Callable[[int, int, int], float] = lambda layers, count, probes: 0.0
     sizes: bool = False
     learns: bool = False
+    within: bool = True
 
 
 def _rule(name: str, place: Callable[[int, int], Sequence[int]], words: str) -> Method:
@@ -102,16 +101,13 @@ def _top(score: Score) -> Method:
 
 
 def _gates(hard: bool, task: Task) -> SpanPlan:
-    if task.items is None or task.budget.within is not None:
+    if task.bench.items is None or task.budget.within is not None:
         raise InputError("gates need recall items to learn on, and a budget that says how many layers may be full")
-    items, count = task.items, task.budget.count(task.space)
-
-    def probes() -> Iterator[Probe]:
-        first = len(task.bench.probes)  # none of those on which all plans are measured
-        return (recall_probe(items, first + step) for step in range(GATE_STEPS))
+    count = task.budget.count(task.space)
 
     def learn() -> list[float]:
-        return learned(task.bench.model, task.space, probes(), count=count, steps=GATE_STEPS, hard=hard, seed=task.seed)
+        probes = task.bench.fresh(GATE_STEPS)
+        return learned(task.bench.model, task.space, probes, count=count, hard=hard, seed=task.seed)
 
     values = task.kept(f"gates {hard} {count} {GATE_STEPS} {task.seed}", learn)
     return search.top(task.bench, task.space, task.budget, order_of(values))
@@ -132,7 +128,16 @@ def _first(layers: int, count: int) -> int:
 
 
 def _exact(task: Task) -> SpanPlan:
-    return search.exact(task.bench, task.space, task.budget, _order(task, "recall")[:CANDIDATES])
+    """All choices among the highest of the score path, as many of these as make at most `MOST_WAYS`."""
+    order = _order(task, "path")
+    count = None if task.budget.within is not None else task.budget.count(task.space)
+    return search.exact(task.bench, task.space, task.budget, order[: _candidates(len(order), count)])
+
+
+def _candidates(layers: int, count: int | None) -> int:
+    """Of how many layers `count`, or any number, can be chosen in at most `MOST_WAYS` ways."""
+    ways = (lambda among: 2**among) if count is None else (lambda among: math.comb(among, count))
+    return max(among for among in range(count or 0, layers + 1) if ways(among) <= MOST_WAYS)
 
 
 def _order(task: Task, name: str) -> list[int]:
@@ -181,17 +186,18 @@ def _searches() -> Iterator[Method]:
     yield Method(
         "exact",
         "search",
-        f"the best choice of the {CANDIDATES} layers that lose most recall",
+        "the best of all choices among the highest of the score path",
         "exhaustive search",
         _exact,
-        lambda layers, count, probes: (layers + math.comb(CANDIDATES, min(count, CANDIDATES // 2))) * probes / 2,
+        lambda layers, count, probes: 4.0 * PATH_PROBES + MOST_WAYS * probes / 2,
+        learns=True,
     )
     for name, hard, words, source in (
         ("gates", False, "gates learned under L1 pressure", "LoZA, arXiv 2512.23966; DuoAttention, arXiv 2410.10819"),
         ("gates-l0", True, "gates learned under L0 pressure", "ConSA, arXiv 2606.18056; arXiv 1712.01312"),
     ):
         choose = functools.partial(_gates, hard)
-        yield Method(name, "search", words, source, choose, lambda layers, count, probes: 4.0 * GATE_STEPS, learns=True)
+        yield Method(name, "search", words, source, choose, lambda *_: 4.0 * GATE_STEPS, learns=True, within=False)
 
 
 NOT_COMPARED = ("full", "local", "masformer", "transformer-xl")

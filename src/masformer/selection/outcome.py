@@ -30,6 +30,25 @@ def distinct(outcome: dict[str, Any]) -> dict[str, SpanPlan]:
     return {row["label"]: SpanPlan.parse(row["plan"]) for row in rows}
 
 
+def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What two selections with the same facts found, other budgets or other methods."""
+    before, budgets = {budget["words"]: budget for budget in earlier["budgets"]}, []
+    for budget in now["budgets"]:
+        plans = before.pop(budget["words"], {"plans": {}})["plans"] | budget["plans"]
+        budgets.append({"words": budget["words"], "chosen": best(plans), "plans": plans})
+    return {
+        **now,
+        "budgets": [*budgets, *before.values()],
+        "scores": earlier["scores"] | now["scores"],
+        "train_steps": now["train_steps"] or earlier["train_steps"],
+    }
+
+
+def best(plans: dict[str, dict[str, Any]]) -> str:
+    """The method whose plan measures best on the probes, the first of those that measure the same."""
+    return min(plans, key=lambda name: plans[name]["nats"])
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The outcome in a folder.
 

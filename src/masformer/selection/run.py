@@ -9,7 +9,6 @@ budgets that are asked for later are added.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import difference, disk_errors
 from .choice import CORPORA, Asked, Prepared, choose, prepare
-from .methods import named
-from .outcome import FILE, FORMAT, distinct, read, write
+from .outcome import FILE, FORMAT, distinct, joined, read, write
 from .store import Store
 from .trial import TEXTS, Trial, check, try_out, try_trained
 from .workers import workers
@@ -56,9 +54,6 @@ def select(
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(folder)
     earlier = read(folder) if (folder / FILE).exists() else None
-    if earlier is not None:  # their results are kept, so they take no time
-        before = [name for budget in earlier["budgets"] for name in budget["plans"]]
-        asked = dataclasses.replace(asked, methods=named([*before, *(method.name for method in asked.methods)]))
     prepared = prepare(asked, trial.chosen_by, folder)
     prepared.refuse_too_large(processes)
     facts = _facts(prepared)
@@ -72,9 +67,7 @@ def select(
             )
         outcome = {"format": FORMAT, "facts": facts, "train_steps": train_steps, **outcome}
         if earlier is not None:
-            known = [budget["words"] for budget in outcome["budgets"]]
-            outcome["budgets"] += [budget for budget in earlier["budgets"] if budget["words"] not in known]
-            outcome["train_steps"] = train_steps or earlier["train_steps"]
+            outcome = joined(earlier, outcome)
         write(folder, outcome)
         plans = distinct(outcome)
         try_out(trial, plans, folder, progress)

@@ -79,8 +79,9 @@ def gradient(bench: Bench, space: Space) -> list[float]:
 
 
 def path_gradient(bench: Bench, space: Space) -> list[float]:
-    points = [1 - (step + 0.5) / PATH_STEPS for step in range(PATH_STEPS)]
-    return first_order(bench.model, space, bench.fresh(PATH_PROBES), points)
+    probes = bench.fresh(PATH_PROBES)
+    steps = min(PATH_STEPS, len(probes))
+    return first_order(bench.model, space, probes, [1 - (step + 0.5) / steps for step in range(steps)])
 
 
 @torch.no_grad()

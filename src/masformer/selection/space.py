@@ -122,13 +122,14 @@ class Budget:
 
 def full_budget(count: int) -> Budget:
     """So many full layers."""
-    return Budget(f"{count} full layers", lambda plan: len(plan.full_layers), most=count, counts=True)
+    words = f"{count} full layer" + ("s" if count != 1 else "")
+    return Budget(words, lambda plan: len(plan.full_layers), most=count, counts=True)
 
 
 def kv_budget(shape: ModelShape, most: float, length: int) -> Budget:
-    """So many bytes of KV cache after `length` tokens, batch 1."""
-    words = f"{most:,.0f} bytes of KV cache at {length:,} tokens"
-    return Budget(words, lambda plan: cost(shape, plan, length).kv_bytes_held, most=most)
+    """So many bytes of KV cache at its largest up to `length` tokens, batch 1."""
+    words = f"{most:,.0f} bytes of KV cache up to {length:,} tokens"
+    return Budget(words, lambda plan: cost(shape, plan, length).kv_bytes_peak, most=most)
 
 
 def flops_budget(shape: ModelShape, most: float, length: int) -> Budget:
