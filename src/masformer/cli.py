@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from .cli_eval import evaluate, report
+from .cli_export import export
 from .cli_model import Debug, Device, Json, Model, load_with_plan
 from .cli_output import (
     INTERRUPTED,
@@ -188,6 +189,7 @@ def _check_extension(model: str, length: int | None, method: str | None) -> None
     extended_config(config, length, method)
 
 
+app.command()(export)
 app.command()(train)
 app.command()(fetch)
 app.command()(select)
