@@ -68,14 +68,17 @@ def kept(plan: Found, parent: Found, keys: Iterable[tuple[Any, ...]]) -> dict[st
 def gathered(folders: list[Path]) -> dict[str, Any]:
     outcomes = [read(folder) for folder in folders]
     found = [records_of(folder, outcome["facts"]["seed"]) for folder, outcome in zip(folders, outcomes, strict=True)]
+    same = [{k: v for k, v in outcome["facts"].items() if k not in ("seed", "probes")} for outcome in outcomes]
+    if any(facts != same[0] for facts in same) or len({outcome["facts"]["seed"] for outcome in outcomes}) < len(same):
+        raise SystemExit("the selections must differ in their seed, and in nothing else")
     result: dict[str, Any] = {"facts": [outcome["facts"] for outcome in outcomes], "budgets": {}}
     suffixes = ["", f", {TRAINED}"] if all(f"parent, {TRAINED}" in each for each in found) else [""]
     for suffix in suffixes:
-        for number, budget in enumerate(outcomes[0]["budgets"]):
+        for budget in outcomes[0]["budgets"]:
             methods = ["parent", "all local", *budget["plans"]]
             rows = {}
             for method in methods:
-                labels = [label_of(outcome, number, method) for outcome in outcomes]
+                labels = [label_of(outcome, budget["words"], method) for outcome in outcomes]
                 if None in labels:
                     continue
                 plan = merged(each[f"{label}{suffix}"] for each, label in zip(found, labels, strict=True))
@@ -85,10 +88,12 @@ def gathered(folders: list[Path]) -> dict[str, Any]:
     return result
 
 
-def label_of(outcome: dict[str, Any], number: int, method: str) -> str | None:
+def label_of(outcome: dict[str, Any], words: str, method: str) -> str | None:
+    """What a method chose for a budget; None where it was not asked."""
     if method in ("parent", "all local"):
         return method
-    row = outcome["budgets"][number]["plans"].get(method)
+    [budget] = [budget for budget in outcome["budgets"] if budget["words"] == words]
+    row = budget["plans"].get(method)
     return None if row is None else row["label"]
 
 

@@ -175,6 +175,7 @@ def select(
         model=model,
         documents=others,
         chosen_by=chosen_by,
+        length=length,
         settings=settings,
         data=held_out or data,
         dtype=kind,
@@ -217,8 +218,9 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
         rows = {name: dataclasses.asdict(row) for name, row in held_out.items()}
         print_json({"out": str(out), **outcome, "held_out": rows})
         return
+    kv = "KV"
     for budget in outcome["budgets"]:
-        headers = ["method", "full layers", "nats on probes", "KV", "held-out nats/token", "to the parent", "recall"]
+        headers = ["method", "full layers", "nats on probes", kv, "held-out nats/token", "to the parent", "recall"]
         if outcome["train_steps"]:
             headers += ["trained: nats/token", "recall"]
         table = Table(*headers, title=f"{budget['words']}: chosen by {budget['chosen']}", title_justify="left")

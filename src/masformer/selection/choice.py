@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from ..models.families import native_plan, shape_of
 from ..models.positions import check_positions
 from ..models.tokenizer import load_tokenizer
 from ..spans import ModelShape, Span, SpanPlan, cost
-from .bench import Bench, measure_probe
+from ..training.loss import CHUNK_BYTES
+from .bench import CHUNK, Bench, measure_probe
 from .methods import METHODS, Method, Task
 from .outcome import best
 from .probes import Probe, document_probes, recall_probe, recall_sequences
@@ -37,8 +39,9 @@ from .store import Store
 from .workers import loaded_from
 
 CORPORA = "corpora"
-KEPT, PROGRAM = 16, 600_000_000
-"""Hidden states' worth of what a layer keeps for a backward pass; bytes of the program itself and its libraries."""
+KEPT, LOGIT_COPIES, PROGRAM = 32, 4, 600_000_000
+"""Hidden states' worth of what a layer keeps for a backward pass; copies of logits that exist at once; bytes of the
+program itself and its libraries."""
 MOST_DOCUMENTS = 100
 """How many documents of each half are used at most."""
 
@@ -74,6 +77,8 @@ class Asked:
             raise InputError(f"{wrong[0]} chooses which layers are full, not among sizes: use {', '.join(able)}")
         if len(self.local) > 1 and any(budget.counts for budget in self.budgets):
             raise InputError("with several sizes the budget must be one of KV bytes or FLOPs: layers differ in cost")
+        if self.dtype == torch.float16 and (learning := [method.name for method in self.methods if method.learns]):
+            raise InputError(f"{learning[0]} takes gradients, which float16 loses: use float32 or bfloat16")
 
 
 def drawn(
@@ -85,19 +90,26 @@ def drawn(
         held_out: where the others are drawn from; None takes half of `documents`.
 
     Raises:
-        InputError: a single document for both.
+        InputError: a single document for both, or none that is not chosen by.
     """
     shuffled = _shuffled(documents, seed)
-    if held_out is not None:
-        return shuffled[:MOST_DOCUMENTS], _shuffled(held_out, seed)[:MOST_DOCUMENTS]
-    if len(documents) < 2:
-        raise InputError("one document cannot be both chosen by and tried on: give more, or --held-out ones")
-    half = min(len(shuffled) // 2, MOST_DOCUMENTS)
-    return shuffled[:half], shuffled[half : 2 * half]
+    if held_out is None:
+        if len(shuffled) < 2:
+            raise InputError("one document cannot be both chosen by and tried on: give more, or --held-out ones")
+        half = min(len(shuffled) // 2, MOST_DOCUMENTS)
+        return shuffled[:half], shuffled[half : 2 * half]
+    chosen_by = shuffled[:MOST_DOCUMENTS]
+    known = {document.text for document in chosen_by}
+    others = [document for document in _shuffled(held_out, seed) if document.text not in known]
+    if not others:
+        raise InputError("every held-out document is one of those to choose by: give others, or leave --held-out out")
+    return chosen_by, others[:MOST_DOCUMENTS]
 
 
 def _shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
-    return [documents[number] for number in generator("selection", seed).permutation(len(documents))]
+    """Each text once."""
+    once = list({document.text: document for document in documents}.values())
+    return [once[number] for number in generator("selection", seed).permutation(len(once))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +124,15 @@ class Prepared:
     identity: str
 
     def memory(self, processes: int) -> int:
-        """Bytes: weights in each process, and the states of all layers for a probe, twice for what is computed on."""
+        """Bytes: in each process, the caller's among them, weights, the states of all layers for a probe, twice for
+        what is computed on, and logits; and what the layers keep where a method takes gradients.
+        """
         asked, shape = self.asked, self.shape
-        states = 2 * shape.layers * asked.length * shape.hidden
-        gradients = KEPT * states if any(method.learns for method in asked.methods) else 0
-        return PROGRAM * processes + (shape.parameters + states) * asked.dtype.itemsize * processes + gradients
+        size, vocabulary = asked.dtype.itemsize, shape.head_parameters // shape.hidden
+        states = shape.layers * asked.length * shape.hidden * size
+        each = PROGRAM + shape.parameters * size + 2 * states + LOGIT_COPIES * CHUNK * vocabulary * 4
+        gradients = KEPT * states + LOGIT_COPIES * CHUNK_BYTES if any(method.learns for method in asked.methods) else 0
+        return each * (processes + 1 if processes > 1 else 1) + gradients
 
     def refuse_too_large(self, processes: int) -> None:
         """Raise a ResourceError if memory does not hold the search.
@@ -134,11 +150,14 @@ class Prepared:
             )
 
     def forwards(self) -> float:
-        """How many forwards of a probe the methods take at most, under the parent's spans."""
-        asked, layers, probes = self.asked, len(self.space.layers), len(self.probes)
-        counts = [budget.count(self.space) if budget.within is None else 0 for budget in asked.budgets]
-        searches = sum(method.effort(layers, count, probes) for method in asked.methods for count in counts)
-        return probes * (2 + len(asked.methods) * len(counts)) + searches
+        """About how many forwards of a probe the methods take, under the parent's spans."""
+        asked, probes = self.asked, len(self.probes)
+        moves = len(self.space.layers) * len(asked.local)
+        total = float(probes * (2 + len(asked.methods) * len(asked.budgets)))
+        for budget in asked.budgets:
+            counts = [budget.count(self.space)] if budget.within is None else [0, len(self.space.layers)]
+            total += sum(max(method.effort(moves, count, probes) for count in counts) for method in asked.methods)
+        return total
 
 
 def prepare(asked: Asked, documents: Sequence[Document], folder: Path) -> Prepared:
@@ -163,6 +182,7 @@ def prepare(asked: Asked, documents: Sequence[Document], folder: Path) -> Prepar
     count = max(1, asked.probes // 4)
     probes += document_probes(tokenizer, documents, length=asked.length, count=count)
     known = [weights_digest(asked.model, config), digest(config.to_json_string()), str(asked.dtype), asked.device]
+    known += [metadata.version(name) for name in ("masformer", "torch")]
     shape = shape_of(config, kv_dtype_bytes=asked.dtype.itemsize)
     return Prepared(asked, shape, space, probes, items, digest(known)[:16])
 
@@ -172,11 +192,15 @@ def choose(
     store: Store,
     *,
     executor: Executor | None = None,
+    beside: float = 0.0,
     say: Callable[[str], Any] = lambda line: None,
     progress: Callable[[int], Any] = lambda plans: None,
 ) -> dict[str, Any]:
     """JSON: `scores` by method, `parent` and `local`, and for each of `budgets` the `plans` by method with what they
-    cost and measure on the probes, and which is `chosen`: the one that measures best; held-out data has no say.
+    cost and measure on the probes, and which is `chosen`; held-out data has no say.
+
+    Args:
+        beside: forwards of a probe that are to follow the choice, for the estimate of time.
 
     Raises:
         InputError: a budget within which no method has a plan.
@@ -194,13 +218,14 @@ def choose(
         loaded=loaded_from(asked.model, asked.dtype, asked.device),
         progress=progress,
     )
-    minutes = prepared.forwards() * _seconds(bench) / 60
-    say(f"about {minutes:.0f} minutes to choose at most, less what was measured before")
+    seconds = _seconds(bench)
+    search, rest = (forwards * seconds / 60 for forwards in (prepared.forwards(), beside))
+    say(f"about {search:.0f} minutes to choose and {rest:.0f} to try, in one process, less what was measured before")
     tasks = [Task(bench, space, budget, asked.seed) for budget in asked.budgets]
-    names = [method.name for method in asked.methods if method.kind == "score"]
+    budgets = [_for_budget(prepared, task, say) for task in tasks]
     return {
-        "budgets": [_for_budget(prepared, task, say) for task in tasks],
-        "scores": {name: tasks[0].scores(SCORES[name]) for name in names},
+        "budgets": budgets,
+        "scores": {name: tasks[0].scores(score) for name, score in SCORES.items() if tasks[0].has(score)},
         "parent": _row(prepared, bench, space.parent),
         "local": _row(prepared, bench, space.shortest),
     }
@@ -208,22 +233,27 @@ def choose(
 
 def _for_budget(prepared: Prepared, task: Task, say: Callable[[str], Any]) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
+    budget = task.budget
     for method in prepared.asked.methods:
         plan = method.choose(task)
         if plan is None:
-            say(f"{task.budget.words}, {method.name}: no plan")
+            say(f"{budget.words}, {method.name}: no plan")
             continue
-        rows[method.name] = _row(prepared, task.bench, plan)
-        say(f"{task.budget.words}, {method.name}: {label_of(plan, task.space)}, {rows[method.name]['nats']:.3f} nats")
+        rows[method.name] = {**_row(prepared, task.bench, plan), "price": budget.price(plan)}
+        say(f"{budget.words}, {method.name}: {label_of(plan, task.space)}, {rows[method.name]['nats']:.3f} nats")
     if not rows:
         names = ", ".join(method.name for method in prepared.asked.methods)
-        raise InputError(f"none of {names} has a plan within {task.budget.words}")
-    return {"words": task.budget.words, "chosen": best(rows), "plans": rows}
+        raise InputError(f"none of {names} has a plan within {budget.words}")
+    limit = None
+    if budget.within is not None:
+        limit = task.bench.measure([task.space.parent])[0].nats + budget.within
+    return {"words": budget.words, "limit": limit, "chosen": best(rows, limit), "plans": rows}
 
 
 def _seconds(bench: Bench) -> float:
     """Of one forward of a probe under the parent."""
     probe = bench.probes[0]
+    measure_probe(bench.model, probe, [], bench.parent)  # the first one is slow
     started = time.perf_counter()
     measure_probe(bench.model, probe, [], bench.parent)
     return time.perf_counter() - started

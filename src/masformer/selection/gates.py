@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..data.sequences import IGNORED
 from ..errors import InputError
 from ..models.convert import applied
 from ..models.families import attention_modules
@@ -25,6 +25,7 @@ from ..models.head import Head
 from ..models.interface import Watch, watched
 from ..models.selfcheck import evaluating
 from ..spans import Span
+from ..training.loss import chunked_loss
 from .probes import Probe
 from .space import Space
 
@@ -60,10 +61,12 @@ def gated(model: Any, space: Space, gates: Tensor) -> Iterator[None]:
 
 
 def loss_of(model: Any, probe: Probe) -> Tensor:
-    """Nats per predicted token of a probe, a scalar with its graph."""
-    ids, places = probe.ids[None].to(model.device), probe.places.to(model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, places - 1]
-    return F.cross_entropy(Head.of(model)(hidden).float(), ids[0, places])
+    """Nats per predicted token of a probe, a scalar with its graph; never the logits of all places at once."""
+    ids = probe.ids[None].to(model.device)
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, probe.places] = ids[:, probe.places]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return chunked_loss(hidden, labels, Head.of(model), total=len(probe.places)).loss
 
 
 def first_order(model: Any, space: Space, probes: Sequence[Probe], points: Sequence[float] = (1.0,)) -> list[float]:

@@ -40,8 +40,15 @@ class Task:
         """A score of all layers, kept in the bench's store."""
         return self.kept(f"score {score.name}", lambda: score.of(self.bench, self.space))
 
+    def has(self, score: Score) -> bool:
+        """Whether a score was asked for, by a method of its name or one that rests on it."""
+        return self._key(f"score {score.name}") in self.bench.store
+
+    def _key(self, name: str) -> str:
+        return f"{self.bench.basis} {self.space.shortest} {name}"
+
     def kept(self, name: str, compute: Callable[[], list[float]]) -> list[float]:
-        key = f"{self.bench.basis} {self.space.shortest} {name}"
+        key = self._key(name)
         if key not in self.bench.store:
             self.bench.store.put({key: compute()})
         values: list[float] = self.bench.store[key]
@@ -90,7 +97,8 @@ def _layout(name: str, task: Task) -> SpanPlan | None:
     """The full layers of a layout, if the budget pays for as many; the others as in every plan here."""
     full = layout(name, len(task.space.options)).full_layers
     plan = task.space.mixed(set(full) & set(task.space.layers))
-    return plan if full and task.budget.within is None and task.budget.fits(plan) else None
+    fits = search.keeps(task.bench, task.budget, plan) if task.budget.within is not None else task.budget.fits(plan)
+    return plan if full and fits else None
 
 
 def _top(score: Score) -> Method:
@@ -101,8 +109,8 @@ def _top(score: Score) -> Method:
 
 
 def _gates(hard: bool, task: Task) -> SpanPlan:
-    if task.bench.items is None or task.budget.within is not None:
-        raise InputError("gates need recall items to learn on, and a budget that says how many layers may be full")
+    if task.bench.items is None:
+        raise InputError("gates need recall items to learn on")
     count = task.budget.count(task.space)
 
     def learn() -> list[float]:
@@ -114,11 +122,14 @@ def _gates(hard: bool, task: Task) -> SpanPlan:
 
 
 def _prune(task: Task) -> SpanPlan:
-    """Of twice the layers that may be full, and at least 16, those that lose least are given up one by one."""
+    """Of twice the layers that may be full, and at least 16, those that lose least are given up one by one; under a
+    budget of nats, of as many as keep to it.
+    """
     order = _order(task, "path")
-    start = task.space.parent
     if task.budget.within is None:
         start = task.space.mixed(order[: _first(len(order), task.budget.count(task.space))])
+    else:
+        start = search.top(task.bench, task.space, task.budget, order)
     return search.backward(task.bench, task.space, task.budget, start)
 
 

@@ -5,7 +5,7 @@
 
 `facts` says what was asked for; `scores` has a list per method, a number per layer; `parent`, `local` and, for each of
 `budgets`, its `plans` by method have a plan each, its `label` among the held-out results, what it costs and what it
-measures on the probes; `chosen` names a method.
+measures on the probes; `chosen` names a method; `limit` is the most nats that a budget of nats allows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     before, budgets = {budget["words"]: budget for budget in earlier["budgets"]}, []
     for budget in now["budgets"]:
         plans = before.pop(budget["words"], {"plans": {}})["plans"] | budget["plans"]
-        budgets.append({"words": budget["words"], "chosen": best(plans), "plans": plans})
+        budgets.append({**budget, "chosen": best(plans, budget["limit"]), "plans": plans})
     return {
         **now,
         "budgets": [*budgets, *before.values()],
@@ -44,9 +44,18 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def best(plans: dict[str, dict[str, Any]]) -> str:
-    """The method whose plan measures best on the probes, the first of those that measure the same."""
-    return min(plans, key=lambda name: plans[name]["nats"])
+def best(plans: dict[str, dict[str, Any]], limit: float | None) -> str:
+    """The method whose plan measures best on the probes; or where a `limit` of nats is given, the one with the cheapest
+    plan that keeps to it, the better of two that cost the same. The first of those that are the same in all this.
+    """
+
+    def order(name: str) -> tuple[float, ...]:
+        row = plans[name]
+        if limit is None:
+            return (row["nats"],)
+        return (0, row["price"], row["nats"]) if row["nats"] <= limit else (1, row["nats"])
+
+    return min(plans, key=order)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -16,14 +16,17 @@ from typing import Any
 from ..errors import InputError
 from ..files import difference, disk_errors
 from .choice import CORPORA, Asked, Prepared, choose, prepare
-from .outcome import FILE, FORMAT, distinct, joined, read, write
+from .outcome import FILE, FORMAT, HELD_OUT, distinct, joined, read, write
 from .store import Store
 from .trial import TEXTS, Trial, check, try_out, try_trained
 from .workers import workers
 
 STORE = "measured.jsonl"
-FRESH = {STORE, CORPORA, TEXTS}
+FRESH = {STORE, CORPORA, TEXTS, HELD_OUT}
 """What may lie in the folder before the first outcome does."""
+
+TRAINING_STEP = 4
+"""Forwards that a step of training takes as long as."""
 
 Show = Callable[[str, int], Any]
 
@@ -59,11 +62,24 @@ def select(
     facts = _facts(prepared)
     if earlier is not None:
         _refuse_other(folder, earlier, facts, train_steps)
-    check(trial, prepared.space.parent, folder, train_steps, say)
+    tokens = check(trial, prepared.space.parent, folder, train_steps, say)
+    say(f"about {prepared.memory(processes) / 1e9:.1f} GB of memory")
+    beside = (2 + len(asked.methods) * len(asked.budgets)) * (
+        tokens / asked.length * (2 if train_steps else 1) + TRAINING_STEP * train_steps
+    )
+
+    def choosing(plans: int) -> None:
+        progress("choosing", plans)
+
     with Store.open(folder / STORE) as store:
         with workers(processes, ray) as executor:
             outcome = choose(
-                prepared, store, executor=executor, say=say, progress=lambda plans: progress("choosing", plans)
+                prepared,
+                store,
+                executor=executor,
+                beside=beside,
+                say=say,
+                progress=lambda plans: progress("choosing", plans),
             )
         outcome = {"format": FORMAT, "facts": facts, "train_steps": train_steps, **outcome}
         if earlier is not None:
@@ -98,7 +114,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _refuse_other(folder: Path, earlier: dict[str, Any], facts: dict[str, Any], train_steps: int) -> None:
-    what = difference(earlier["facts"], facts)
+    what = difference({**earlier["facts"], "model": facts["model"]}, facts)  # a place; its identity is compared
     if train_steps and earlier["train_steps"]:
         what = what or difference(earlier["train_steps"], train_steps, "train_steps")
     if what:

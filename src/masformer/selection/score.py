@@ -173,6 +173,7 @@ LISTED = (
         "gradient times change",
         gradient,
         lambda layers, count, probes: 4.0 * probes,
+        learns=True,
     ),
     Score(
         "path",

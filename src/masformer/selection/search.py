@@ -39,7 +39,7 @@ def by_count(bench: Bench, space: Space, budget: Budget, choose: Callable[[int],
     low, high = 0, len(space.layers)
     while low < high:  # more full layers are taken to be no worse, which noise may belie
         middle = (low + high) // 2
-        if _keeps(bench, budget, space.mixed(choose(middle))):
+        if keeps(bench, budget, space.mixed(choose(middle))):
             high = middle
         else:
             low = middle + 1
@@ -52,7 +52,7 @@ def forward(bench: Bench, space: Space, budget: Budget, width: int = 1) -> SpanP
     """
     beam, seen = [space.shortest], [space.shortest]
     while beam:
-        keeping = [plan for plan in beam if budget.within is not None and _keeps(bench, budget, plan)]
+        keeping = [plan for plan in beam if budget.within is not None and keeps(bench, budget, plan)]
         if keeping:
             return min(keeping, key=budget.price)
         moves = dict.fromkeys(longer for plan in beam for longer in space.longer(plan) if budget.fits(longer))
@@ -77,7 +77,7 @@ def backward(bench: Bench, space: Space, budget: Budget, start: SpanPlan | None 
         if not stale:
             stale = _losses(bench, budget, plan, moves)
         layer = _least(bench, budget, plan, moves, stale)
-        if budget.within is not None and not _keeps(bench, budget, moves[layer]):
+        if budget.within is not None and not keeps(bench, budget, moves[layer]):
             break
         plan = moves[layer]
     return plan
@@ -96,12 +96,12 @@ def exact(bench: Bench, space: Space, budget: Budget, candidates: Sequence[int])
     for count in counts:
         plans = [space.mixed(chosen) for chosen in itertools.combinations(sorted(among), count)]
         best = _best(bench, plans)
-        if budget.within is None or _keeps(bench, budget, best):
+        if budget.within is None or keeps(bench, budget, best):
             return best
     return space.parent
 
 
-def _keeps(bench: Bench, budget: Budget, plan: SpanPlan) -> bool:
+def keeps(bench: Bench, budget: Budget, plan: SpanPlan) -> bool:
     """Whether a plan is within the nats of the budget."""
     assert budget.within is not None
     ours, parent = bench.measure([plan, bench.parent])
@@ -117,10 +117,13 @@ def _ranked(bench: Bench, space: Space, budget: Budget, plans: Sequence[SpanPlan
     """By the nats that each gains over all local for what it costs more."""
     [start, *found] = bench.measure([space.shortest, *plans])
     least = budget.price(space.shortest)
-    gains = {
-        plan: (start.nats - each.nats) / (budget.price(plan) - least) for plan, each in zip(plans, found, strict=True)
-    }
-    return sorted(plans, key=lambda plan: -gains[plan])
+
+    def worth(plan: SpanPlan, nats: float) -> float:
+        gain, price = start.nats - nats, budget.price(plan) - least
+        return gain / price if gain > 0 else gain * price
+
+    values = {plan: worth(plan, each.nats) for plan, each in zip(plans, found, strict=True)}
+    return sorted(plans, key=lambda plan: -values[plan])
 
 
 def _changed(plan: SpanPlan, other: SpanPlan) -> int:

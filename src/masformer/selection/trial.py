@@ -51,12 +51,13 @@ Plans = Mapping[str, SpanPlan]
 class Trial:
     """The model, the held-out documents and what is measured on them.
 
-    chosen_by: the documents that plans were chosen by, on which they are trained.
+    chosen_by: the documents that plans were chosen by, on which they are trained, in sequences of `length` tokens.
     """
 
     model: str
     documents: Sequence[Document]
     chosen_by: Sequence[Document]
+    length: int
     settings: Settings
     data: str
     dtype: torch.dtype
@@ -83,8 +84,8 @@ def try_out(trial: Trial, plans: Plans, folder: Path, progress: Progress = lambd
     _evaluate(trial, [trial.subject(label, plan) for label, plan in plans.items()], folder, progress)
 
 
-def check(trial: Trial, parent: SpanPlan, folder: Path, steps: int, say: Callable[[str], Any]) -> None:
-    """Refuse what could not be measured or trained later, before anything is searched.
+def check(trial: Trial, parent: SpanPlan, folder: Path, steps: int, say: Callable[[str], Any]) -> int:
+    """Refuse what could not be measured or trained later, before anything is searched; how many tokens a plan takes.
 
     Args:
         say: called with a line for documents that are passed over, or fewer than were asked for.
@@ -92,10 +93,14 @@ def check(trial: Trial, parent: SpanPlan, folder: Path, steps: int, say: Callabl
     Raises:
         InputError: as `evaluation.suites.prepare` and `training.prepare` do.
     """
-    prepare([trial.subject("parent", parent)], trial.settings, Data(trial.documents), say)
+    subjects, data = [trial.subject("parent", parent)], Data(trial.documents)
+    [entries] = prepare(subjects, trial.settings, data, say)
+    with Run.open(folder / HELD_OUT, facts_of(subjects, trial.settings, trial.data, data, trial.device)):
+        pass  # refuses results of other data or settings that are there
     if steps:
         _write_texts(trial, folder)
         prepare_training(_recipe(trial, "parent", parent, folder, steps)).refuse_too_large()
+    return sum(entry.tokens for entry in entries)
 
 
 def _evaluate(trial: Trial, subjects: Sequence[Subject], folder: Path, progress: Progress) -> None:
@@ -160,7 +165,7 @@ def _recipe(trial: Trial, label: str, plan: SpanPlan, folder: Path, steps: int) 
             "data": {
                 "documents": str(folder / TEXTS),
                 "held_out": 1,
-                "lengths": min(trial.settings.lengths),
+                "lengths": trial.length,
                 "recall": {"share": BATCH_SHARE, "loss_on": "answer"},
                 "cache": str(folder / "corpora"),
             },

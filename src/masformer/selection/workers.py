@@ -12,12 +12,12 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, ResourceError
 from ..models.checkpoint import load
 
 
@@ -51,6 +51,12 @@ def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
     pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(threads,))
     try:
         yield pool
+    except BaseException as error:
+        for process in list((pool._processes or {}).values()):  # what they are at is lost, so nobody waits for it
+            process.terminate()
+        if isinstance(error, BrokenExecutor):
+            raise ResourceError("a process was ended, perhaps for want of memory: use fewer --workers") from error
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
