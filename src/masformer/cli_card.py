@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .data.documents import HUB_ID
 from .files import sha256
 from .report.picture import plan_text
 from .spans import SpanPlan, Window
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 

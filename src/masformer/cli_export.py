@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +60,5 @@ def export(
 
 
 def _facts(exported: Any, model: str, out: Path, to: str) -> dict[str, Any]:
-    import dataclasses
-
     facts = dataclasses.asdict(exported)
     return {"model": model, "out": str(out), "to": to, **facts, "plan": str(exported.plan)}

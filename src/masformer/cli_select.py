@@ -28,17 +28,16 @@ BUDGETS = ("full", "kv_bytes", "flops", "within")
 BY_COST = ("kv_bytes", "flops")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SelectFlags:
-    """The budgets and the local spans, as they were typed."""
+@dataclasses.dataclass(frozen=True)
+class BudgetFlags:
+    """The kind of budget, its amounts and the length it holds at, as they were typed."""
 
     budget: str
     amounts: tuple[float, ...]
     at: int | None
-    local: tuple[Span, ...]
 
     @classmethod
-    def of(cls, typed: dict[str, str | None], at: int | None, local: tuple[Span, ...]) -> SelectFlags:
+    def of(cls, typed: dict[str, str | None], at: int | None) -> BudgetFlags:
         given = [name for name in BUDGETS if typed[name] is not None]
         if len(given) != 1:
             raise UsageError("give one kind of budget: --full, --kv-bytes, --flops or --within")
@@ -54,7 +53,7 @@ class SelectFlags:
             raise UsageError(f"--{option} must be 0 or more, got {text}")
         if budget == "full" and any(amount != int(amount) for amount in amounts):
             raise UsageError(f"--full counts layers, got {text}")
-        return cls(budget=budget, amounts=amounts, at=at, local=local)
+        return cls(budget, amounts, at)
 
     def budgets(self, shape: ModelShape, positions: int | None) -> tuple[Budget, ...]:
         from .selection.space import flops_budget, full_budget, kv_budget, nats_budget
@@ -127,7 +126,7 @@ def select(
     """
     spans = local_spans(block, window, lookback, sinks, sizes)
     typed = {"full": full, "kv_bytes": kv_bytes, "flops": flops, "within": within}
-    flags = SelectFlags.of(typed, at, spans)
+    flags = BudgetFlags.of(typed, at)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown --dtype {dtype!r}: choose of {', '.join(DTYPES)}")
     where = device_name(device)
@@ -172,14 +171,11 @@ def select(
     )
     chosen_by, others = _documents(data, held_out, seed)
     trial = Trial(
-        model=model,
+        asked=asked,
         documents=others,
         chosen_by=chosen_by,
-        length=length,
         settings=settings,
         data=held_out or data,
-        dtype=kind,
-        device=where,
     )
     with _shown() as show:
         outcome = run(asked, trial, out, train_steps=train_steps, processes=workers, ray=ray, say=say, progress=show)
@@ -218,9 +214,8 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
         rows = {name: dataclasses.asdict(row) for name, row in held_out.items()}
         print_json({"out": str(out), **outcome, "held_out": rows})
         return
-    kv = "KV"
     for budget in outcome["budgets"]:
-        headers = ["method", "full layers", "nats on probes", kv, "held-out nats/token", "to the parent", "recall"]
+        headers = ["method", "full layers", "nats on probes", "KV", "held-out nats/token", "to the parent", "recall"]
         if outcome["train_steps"]:
             headers += ["trained: nats/token", "recall"]
         table = Table(*headers, title=f"{budget['words']}: chosen by {budget['chosen']}", title_justify="left")

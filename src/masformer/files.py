@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import CorruptError, InputError, MasformerError, ResourceError
 
@@ -146,3 +146,41 @@ def disk_errors(target: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise InputError(f"cannot write {error.filename or target}: {error.strerror or error}") from error
         raise
+
+
+def append(file: Path, text: str) -> None:
+    """Put text at the end of a file; it is on the disk when the call returns.
+
+    Raises:
+        ResourceError, InputError: as `disk_errors`.
+    """
+    with disk_errors(file.parent), file.open("a", encoding="utf-8") as stream:
+        _settle(stream, text)
+
+
+def replace(file: Path, text: str) -> None:
+    """Make a file of text, whole or as it was, by way of `NAME.part`.
+
+    Raises:
+        ResourceError, InputError: as `disk_errors`.
+    """
+    part = file.with_name(f"{file.name}.part")
+    with disk_errors(file.parent):
+        with part.open("w", encoding="utf-8") as stream:
+            _settle(stream, text)
+        part.replace(file)
+
+
+def _settle(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def whole_lines(file: Path) -> bytes:
+    """The lines of a file; a last one that was cut off is taken away, so that the next one begins a line."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+    return content[:whole]

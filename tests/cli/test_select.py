@@ -265,6 +265,8 @@ def test_a_command_that_cannot_be_meant_is_refused(options, says, parent, texts,
         (["--full", 1, "--lengths", 4000], "no document has 4,000 tokens"),
         (["--full", 1, "--tasks", "juggling"], "juggling"),
         (["--full", 1, "--methods", "gates-l0", "--held-out", "absent.jsonl"], "absent.jsonl"),
+        (["--within", 0.1, "--methods", "gates"], "gates needs a budget that says how many layers may be full"),
+        (["--full", 1, "--methods", "path", "--dtype", "float16"], "path takes gradients, which float16 loses"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_weights_are_read(options, says, command, tmp_path, capsys, monkeypatch):

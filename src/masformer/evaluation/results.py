@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptError, InputError
-from ..files import difference, disk_errors, locked
+from ..files import append, difference, disk_errors, locked, replace, whole_lines
 
 FACTS, RECORDS, PART = "run.json", "results.jsonl", "run.json.part"
 FORMAT = 1
@@ -69,17 +69,14 @@ class Run:
         with os.fdopen(handle, "rb"):
             with disk_errors(folder):
                 joined = _joined(folder, json.loads(json.dumps({"format": FORMAT, **facts})), compared)
-                run = cls(folder, _mend(folder / RECORDS))
-                _write(folder, joined)
+                run = cls(folder, _parsed(folder / RECORDS, whole_lines(folder / RECORDS)))
+                replace(folder / FACTS, json.dumps(joined, indent=1, ensure_ascii=False) + "\n")
             yield run
 
     def add(self, records: list[Record]) -> None:
         """Write records to the disk, all of a call in one piece."""
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        with disk_errors(self.folder), (self.folder / RECORDS).open("ab") as stream:
-            stream.write(lines.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append(self.folder / RECORDS, lines)
         self.done |= {key_of(record) for record in records}
 
 
@@ -120,16 +117,6 @@ def _parsed(file: Path, content: bytes) -> list[Record]:
     return list(records.values())
 
 
-def _mend(file: Path) -> list[Record]:
-    """The records; a last line that was cut off is taken away, so that the next one begins a line."""
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    records = _parsed(file, content[:whole])
-    if whole < len(content):
-        os.truncate(file, whole)
-    return records
-
-
 def _joined(folder: Path, facts: dict[str, Any], compared: bool) -> dict[str, Any]:
     """The facts of this call and of those before it."""
     if not (folder / FACTS).exists():
@@ -155,12 +142,3 @@ def _joined(folder: Path, facts: dict[str, Any], compared: bool) -> dict[str, An
     commands = before["commands"] + [c for c in facts["commands"] if c not in before["commands"]]
     merged = {name: before[name] | facts[name] for name in ("versions", "settings")}
     return {**facts, **merged, "models": models, "commands": commands}
-
-
-def _write(folder: Path, facts: dict[str, Any]) -> None:
-    part = folder / PART
-    with part.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(folder / FACTS)

@@ -59,11 +59,15 @@ def _number(value: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What was allowed, in words, every method's choice within it, and the method whose choice measures best."""
+    """What was allowed, in words, every method's choice within it, and the method whose choice was taken.
+
+    limit: the most nats, under a budget of nats.
+    """
 
     words: str
     plans: dict[str, Choice]
     chosen: str
+    limit: float | None
 
     @property
     def best(self) -> Choice:
@@ -131,7 +135,8 @@ def _selection(folder: Path, name: str, found: dict[str, Any]) -> Selection:
         plans = {str(method): Choice.of(row) for method, row in budget["plans"].items()}
         if budget["chosen"] not in plans:
             raise ValueError(f"the chosen {budget['chosen']!r} is none of the plans")
-        budgets.append(Budget(str(budget["words"]), plans, budget["chosen"]))
+        limit = _number(budget["limit"]) if "limit" in budget else None
+        budgets.append(Budget(str(budget["words"]), plans, budget["chosen"], limit))
     selection = Selection(
         folder,
         name,

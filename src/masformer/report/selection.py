@@ -79,7 +79,8 @@ def _choices(selection: Selection, tried: HeldOut, name: str) -> Section:
     words = [_asked(selection, tried)]
     free = {name: dataclasses.replace(row, kv_bytes=None, attention_flops=None) for name, row in tried.after.items()}
     for budget in selection.budgets:
-        best = f"{budget.words}: {budget.chosen} measures best on the probes."
+        why = "measures best on the probes" if budget.limit is None else "keeps to it at the least cost"
+        best = f"{budget.words}: {budget.chosen} {why}."
         words.append(f"{best} {_gained(selection, budget, tried.before)}".rstrip())
         words += filter(None, (_gained(selection, budget, free), _kept(budget, tried)))
     made = [_table(selection, budget, tried) for budget in selection.budgets]
@@ -97,6 +98,8 @@ def _asked(selection: Selection, tried: HeldOut) -> str:
         f"{probes} of {selection.length:,} tokens ({selection.made}); a plan's nats are the mean per token of the "
         "answers plus that of the documents, and the plan of the fewest is chosen."
     ]
+    if any(budget.limit is not None for budget in selection.budgets):
+        words.append("Under a budget of nats it is the cheapest plan that keeps to it.")
     if tried.before:
         words.append("Held-out data had no say.")
     else:

@@ -29,19 +29,18 @@ from ..models.positions import check_positions
 from ..models.tokenizer import load_tokenizer
 from ..spans import ModelShape, Span, SpanPlan, cost
 from ..training.loss import CHUNK_BYTES
+from ..training.prepare import LOGIT_COPIES, PROGRAM
 from .bench import CHUNK, Bench, measure_probe
 from .methods import METHODS, Method, Task
-from .outcome import best
+from .outcome import CORPORA, best
 from .probes import Probe, document_probes, recall_probe, recall_sequences
 from .score import SCORES
 from .space import Budget, Space
 from .store import Store
 from .workers import loaded_from
 
-CORPORA = "corpora"
-KEPT, LOGIT_COPIES, PROGRAM = 32, 4, 600_000_000
-"""Hidden states' worth of what a layer keeps for a backward pass; copies of logits that exist at once; bytes of the
-program itself and its libraries."""
+KEPT = 32
+"""Hidden states' worth of what a layer keeps for a backward pass."""
 MOST_DOCUMENTS = 100
 """How many documents of each half are used at most."""
 
@@ -244,10 +243,10 @@ def _for_budget(prepared: Prepared, task: Task, say: Callable[[str], Any]) -> di
     if not rows:
         names = ", ".join(method.name for method in prepared.asked.methods)
         raise InputError(f"none of {names} has a plan within {budget.words}")
-    limit = None
+    found: dict[str, Any] = {"words": budget.words, "plans": rows}
     if budget.within is not None:
-        limit = task.bench.measure([task.space.parent])[0].nats + budget.within
-    return {"words": budget.words, "limit": limit, "chosen": best(rows, limit), "plans": rows}
+        found["limit"] = task.bench.measure([task.space.parent])[0].nats + budget.within
+    return {**found, "chosen": best(rows, found.get("limit"))}
 
 
 def _seconds(bench: Bench) -> float:

@@ -5,7 +5,8 @@
 
 `facts` says what was asked for; `scores` has a list per method, a number per layer; `parent`, `local` and, for each of
 `budgets`, its `plans` by method have a plan each, its `label` among the held-out results, what it costs and what it
-measures on the probes; `chosen` names a method; `limit` is the most nats that a budget of nats allows.
+measures on the probes; `chosen` names a method; `limit`, under a budget of nats alone, is
+the most that it allows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, InputError
-from ..files import disk_errors
+from ..files import replace
 from ..spans import SpanPlan
 
-FILE, HELD_OUT, TRAINED = "selection.json", "held-out", "trained"
-"""The outcome; the folder beside it with an evaluation of every plan; what a label ends with after a training."""
+FILE, HELD_OUT, CORPORA = "selection.json", "held-out", "corpora"
+"""The outcome; the folders beside it with an evaluation of every plan, and with tokenised documents."""
+TRAINED = "trained"
+"""What a label ends with after a training."""
 FORMAT = 1
 
 
@@ -35,7 +38,7 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     before, budgets = {budget["words"]: budget for budget in earlier["budgets"]}, []
     for budget in now["budgets"]:
         plans = before.pop(budget["words"], {"plans": {}})["plans"] | budget["plans"]
-        budgets.append({**budget, "chosen": best(plans, budget["limit"]), "plans": plans})
+        budgets.append({**budget, "chosen": best(plans, budget.get("limit")), "plans": plans})
     return {
         **now,
         "budgets": [*budgets, *before.values()],
@@ -79,7 +82,4 @@ def read(folder: Path) -> dict[str, Any]:
 
 def write(folder: Path, outcome: dict[str, Any]) -> None:
     """`selection.json`, whole or as it was."""
-    part = folder / f"{FILE}.part"
-    with disk_errors(folder):
-        part.write_text(json.dumps(outcome, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(folder / FILE)
+    replace(folder / FILE, json.dumps(outcome, indent=1, allow_nan=False) + "\n")

@@ -15,8 +15,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import difference, disk_errors
-from .choice import CORPORA, Asked, Prepared, choose, prepare
-from .outcome import FILE, FORMAT, HELD_OUT, distinct, joined, read, write
+from .choice import Asked, Prepared, choose, prepare
+from .outcome import CORPORA, FILE, FORMAT, HELD_OUT, distinct, joined, read, write
 from .store import Store
 from .trial import TEXTS, Trial, check, try_out, try_trained
 from .workers import workers
@@ -67,10 +67,6 @@ def select(
     beside = (2 + len(asked.methods) * len(asked.budgets)) * (
         tokens / asked.length * (2 if train_steps else 1) + TRAINING_STEP * train_steps
     )
-
-    def choosing(plans: int) -> None:
-        progress("choosing", plans)
-
     with Store.open(folder / STORE) as store:
         with workers(processes, ray) as executor:
             outcome = choose(

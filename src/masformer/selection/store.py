@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptError
-from ..files import disk_errors, locked
+from ..files import append, disk_errors, locked, whole_lines
 
 
 class Store(dict[str, Any]):
@@ -34,12 +34,10 @@ class Store(dict[str, Any]):
         """
         with disk_errors(file):
             handle = locked(file)
-        with os.fdopen(handle, "rb") as stream:
-            content = stream.read()
-            whole = content.rfind(b"\n") + 1
+        with os.fdopen(handle, "rb"):
             store = cls()
             store.file = file
-            for number, line in enumerate(content[:whole].splitlines(), start=1):
+            for number, line in enumerate(whole_lines(file).splitlines(), start=1):
                 try:
                     [key, value] = found = json.loads(line)
                     if not isinstance(found, list) or not isinstance(key, str):
@@ -47,15 +45,10 @@ class Store(dict[str, Any]):
                 except (ValueError, RecursionError, TypeError) as error:
                     raise CorruptError(f"{file}, line {number} is damaged: delete it, it is measured again") from error
                 store[key] = value
-            if whole < len(content):
-                os.truncate(file, whole)
             yield store
 
     def put(self, values: Mapping[str, Any]) -> None:
-        lines = "".join(json.dumps([key, value], allow_nan=False) + "\n" for key, value in values.items())
         if self.file is not None:
-            with disk_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
-                stream.write(lines)
-                stream.flush()
-                os.fsync(stream.fileno())
+            lines = (json.dumps([key, value], allow_nan=False) + "\n" for key, value in values.items())
+            append(self.file, "".join(lines))
         self.update(values)

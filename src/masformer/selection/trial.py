@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from ..data.documents import Document
-from ..errors import InputError
 from ..evaluation.facts import facts_of
 from ..evaluation.results import Run, key_of, read_run
 from ..evaluation.suites import Data, Settings, Subject, evaluate, prepare
@@ -32,7 +31,8 @@ from ..spans import SpanPlan
 from ..training.prepare import prepare as prepare_training
 from ..training.recipe import Recipe
 from ..training.run import train
-from .outcome import HELD_OUT, TRAINED
+from .choice import Asked
+from .outcome import CORPORA, HELD_OUT, TRAINED
 
 TRAINING, TEXTS = "training", "documents.jsonl"
 TASKS = ("passkey", "niah_multikey", "kv_retrieval")
@@ -49,31 +49,30 @@ Plans = Mapping[str, SpanPlan]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The model, the held-out documents and what is measured on them.
+    """What was asked for, the held-out documents and what is measured on them.
 
-    chosen_by: the documents that plans were chosen by, on which they are trained, in sequences of `length` tokens.
+    chosen_by: the documents that plans were chosen by, on which they are trained, in sequences of the probes' length.
+    data: where the held-out documents came from.
     """
 
-    model: str
+    asked: Asked
     documents: Sequence[Document]
     chosen_by: Sequence[Document]
-    length: int
     settings: Settings
     data: str
-    dtype: torch.dtype
-    device: str
 
     def subject(self, label: str, plan: SpanPlan, source: str | None = None) -> Subject:
         """A plan on the model, or on the trained weights in a folder."""
-        source = self.model if source is None else source
-        config = copy.copy(load_config(self.model)[0])
-        config.dtype = self.dtype
+        asked = self.asked
+        source = asked.model if source is None else source
+        config = copy.copy(load_config(asked.model)[0])
+        config.dtype = asked.dtype
 
         def loaded() -> Any:
-            model = load(source, dtype=self.dtype, device=self.device)
+            model = load(source, dtype=asked.dtype, device=asked.device)
             return convert(model, plan, check=False)
 
-        return Subject(label, source, config, plan, load_tokenizer(self.model), loaded)
+        return Subject(label, source, config, plan, load_tokenizer(asked.model), loaded)
 
 
 Progress = Callable[[str, int], Any]
@@ -95,7 +94,7 @@ def check(trial: Trial, parent: SpanPlan, folder: Path, steps: int, say: Callabl
     """
     subjects, data = [trial.subject("parent", parent)], Data(trial.documents)
     [entries] = prepare(subjects, trial.settings, data, say)
-    with Run.open(folder / HELD_OUT, facts_of(subjects, trial.settings, trial.data, data, trial.device)):
+    with Run.open(folder / HELD_OUT, facts_of(subjects, trial.settings, trial.data, data, trial.asked.device)):
         pass  # refuses results of other data or settings that are there
     if steps:
         _write_texts(trial, folder)
@@ -106,7 +105,7 @@ def check(trial: Trial, parent: SpanPlan, folder: Path, steps: int, say: Callabl
 def _evaluate(trial: Trial, subjects: Sequence[Subject], folder: Path, progress: Progress) -> None:
     data = Data(trial.documents)
     work = prepare(subjects, trial.settings, data)
-    facts = facts_of(subjects, trial.settings, trial.data, data, trial.device)
+    facts = facts_of(subjects, trial.settings, trial.data, data, trial.asked.device)
     with Run.open(folder / HELD_OUT, facts) as run:
         evaluate(subjects, work, trial.settings, run, progress)
 
@@ -125,25 +124,17 @@ def try_trained(
     Weights are deleted once they are measured; `metrics.jsonl` of each training stays.
     """
     _write_texts(trial, folder)
+    first = next(iter(plans.items()))
+    [entries] = prepare([trial.subject(*first)], trial.settings, Data(trial.documents))
+    done = {key_of(record) for record in read_run(folder / HELD_OUT)[1]}
     for label, plan in plans.items():
         name, recipe = f"{label}, {TRAINED}", _recipe(trial, label, plan, folder, steps)
-        if not _measured(trial, name, plan, folder):
+        if not all(entry.key(name) in done for entry in entries):
             say(f"training {label}, {steps} steps")
-            checkpoint = _trained(recipe, trial.device == "cpu")
+            checkpoint = _trained(recipe, trial.asked.device == "cpu")
             _evaluate(trial, [trial.subject(name, plan, str(checkpoint))], folder, progress)
         for weights in Path(recipe.output).glob("checkpoint-*"):  # those of a run that was cut off here, too
             shutil.rmtree(weights)
-
-
-def _measured(trial: Trial, label: str, plan: SpanPlan, folder: Path) -> bool:
-    """Whether all results of a model are there."""
-    try:
-        _, records = read_run(folder / HELD_OUT)
-    except InputError:
-        return False
-    done = {key_of(record) for record in records}
-    [entries] = prepare([trial.subject(label, plan)], trial.settings, Data(trial.documents))
-    return all(entry.key(label) in done for entry in entries)
 
 
 def _write_texts(trial: Trial, folder: Path) -> None:
@@ -159,21 +150,21 @@ def _recipe(trial: Trial, label: str, plan: SpanPlan, folder: Path, steps: int) 
     target = folder / TRAINING / (name if len(name) <= LONGEST_NAME else digest(label)[:16])
     return Recipe.model_validate(
         {
-            "model": trial.model,
+            "model": trial.asked.model,
             "output": str(target),
             "plan": str(plan),
             "data": {
                 "documents": str(folder / TEXTS),
                 "held_out": 1,
-                "lengths": trial.length,
+                "lengths": trial.asked.length,
                 "recall": {"share": BATCH_SHARE, "loss_on": "answer"},
-                "cache": str(folder / "corpora"),
+                "cache": str(folder / CORPORA),
             },
             "training": {
                 "steps": steps,
                 "learning_rate": 1e-4,
                 "warmup_steps": max(1, steps // 10),
-                "precision": "bf16" if trial.dtype == torch.bfloat16 else "fp32",
+                "precision": "bf16" if trial.asked.dtype == torch.bfloat16 else "fp32",
                 "seed": trial.settings.seed,
             },
             "evaluation": {"every": steps, "sequences": 1},
