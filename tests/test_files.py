@@ -123,3 +123,35 @@ def test_other_errors_are_not_disguised(tmp_path, error):
     with pytest.raises(type(error)) as caught, files.disk_errors(tmp_path):
         raise error
     assert caught.value is error
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    for name in ("config.json", "model.safetensors", "README.md", "optimizer.pt"):
+        (tmp_path / name).write_text(name)
+    files.seal(tmp_path)
+    return tmp_path
+
+
+def test_a_sealed_model_is_whole_until_a_byte_that_is_loaded_changes(sealed):
+    files.check_files(sealed)
+    (sealed / "README.md").write_text("edited by its owner")
+    (sealed / "optimizer.pt").unlink()
+    files.check_files(sealed)
+    (sealed / "model.safetensors").write_text("Model.safetensors")
+    files.check_files(sealed, "config.json")
+    with pytest.raises(CorruptError, match=r"model\.safetensors is not what was written, manifest\.json has another"):
+        files.check_files(sealed)
+
+
+def test_a_missing_file_and_a_damaged_manifest_are_refused(sealed):
+    (sealed / "config.json").unlink()
+    with pytest.raises(CorruptError, match=r"config\.json is not what was written"):
+        files.check_files(sealed)
+    (sealed / "manifest.json").write_text((sealed / "manifest.json").read_text().replace('"bytes": 11', '"bytes": 12'))
+    with pytest.raises(CorruptError, match=r"manifest\.json is damaged"):
+        files.check_files(sealed)
+
+
+def test_a_model_without_a_manifest_has_nothing_to_be_held_against(tmp_path):
+    files.check_files(tmp_path)

@@ -11,8 +11,11 @@ import typer
 from .cli_card import card
 from .cli_model import Debug, Device, Json, Model, device_name
 from .cli_output import UsageError, print_json, refuse_used, write_whole
+from .files import seal
 
 README = "README.md"
+IGNORANT = ("sglang", "llama.cpp", "llamacpp", "gguf", "ollama")
+"""Software whose Llama, Mistral and Qwen ignore layer types, and its file formats (SGLang 0.5.23, docs/export.md)."""
 
 
 def export(
@@ -31,6 +34,11 @@ def export(
 
     Example: masformer export MODEL OUT --to vllm
     """
+    if to.lower() in IGNORANT:
+        raise UsageError(
+            f"--to {to}: it ignores layer types and would give all layers full attention without a word; transformers "
+            "and vllm honour them"
+        )
     if to not in ("transformers", "vllm"):
         raise UsageError(f"--to knows transformers and vllm, not {to!r}")
     if verify_vllm is not None and to != "vllm":
@@ -44,6 +52,7 @@ def export(
 
     def write(folder: Path) -> None:
         done.append(write_and_prove(model, folder, to, device=where, vllm=verify_vllm))
+        seal(folder)
         (folder / README).write_text(card(done[0], model, out.absolute().name, folder), encoding="utf-8")
 
     write_whole(out, write)

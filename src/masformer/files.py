@@ -25,6 +25,8 @@ if sys.platform != "win32":
     import fcntl
 
 MANIFEST = "manifest.json"
+READ = (".jinja", ".json", ".model", ".safetensors", ".txt")
+"""What a model's files end with, as far as anything loads them; not the state of an optimiser, nor a README."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,6 +34,11 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def described(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as manifests have them."""
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def digest(value: Any) -> str:
@@ -74,6 +81,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _encoded(manifest: dict[str, Any]) -> bytes:
     return json.dumps({**manifest, "digest": digest(manifest)}, indent=1).encode()
+
+
+def seal(folder: Path) -> None:
+    """Write a manifest of a finished model's files, for `check_files`."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in READ)
+    write_manifest(folder, {"format": 1, "files": {path.name: described(path) for path in files}})
+
+
+def check_files(folder: Path, *names: str) -> None:
+    """Compare a model's files with the manifest beside them, if there is one: those of these names, or all.
+
+    Raises:
+        CorruptError: a file that is missing or has other bytes than were written, or a damaged manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    recorded = read_manifest(folder).get("files") or {}
+    for name in names or [name for name in recorded if name.endswith(READ)]:
+        if name in recorded and (not (folder / name).is_file() or described(folder / name) != recorded[name]):
+            raise CorruptError(
+                f"{folder / name} is not what was written, {MANIFEST} has another SHA-256: copy the folder again, or "
+                f"delete {MANIFEST} if the change is yours"
+            )
 
 
 def sync(folder: Path) -> None:

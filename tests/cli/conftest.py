@@ -72,9 +72,16 @@ def refusal(capsys, code, *arguments):
 
 
 @pytest.fixture
-def copy(converted, tmp_path):
+def sealed_copy(converted, tmp_path):
     folder = tmp_path / "copy"
     folder.mkdir()
     for file in converted.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+@pytest.fixture
+def copy(sealed_copy):
+    """One that nothing is held against: what is damaged there has to be seen in other ways."""
+    (sealed_copy / "manifest.json").unlink()
+    return sealed_copy

@@ -11,6 +11,7 @@ from transformers import (
 
 from masformer.attention import UnsupportedSpan
 from masformer.cli_output import exit_code
+from masformer.models.checkpoint import load
 from masformer.spans import PlanError
 
 from .conftest import LOCAL, POSITIONS, TEXT, refusal
@@ -167,3 +168,21 @@ def test_an_impossible_device_is_a_usage_error(parent, capsys):
 )
 def test_exit_codes_of_other_errors(error, code):
     assert exit_code(error) == code
+
+
+def test_a_conversion_whose_plan_was_edited_is_refused(sealed_copy, capsys):
+    file = sealed_copy / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"plan": "full*4"}))
+    for command in (["plan"], ["generate", "--prompt", "x"], ["convert", "OUT"]):
+        arguments = [sealed_copy.parent / "out" if part == "OUT" else part for part in command[1:]]
+        line = refusal(capsys, 4, command[0], sealed_copy, *arguments)
+        assert "config.json is not what was written, manifest.json has another SHA-256" in line
+
+
+def test_a_model_that_is_saved_again_into_its_folder_is_a_new_one(sealed_copy):
+    model = load(str(sealed_copy))
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(sealed_copy)
+    assert torch.equal(next(load(str(sealed_copy)).parameters()), next(model.parameters()))

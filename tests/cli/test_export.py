@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
+import masformer
 from masformer.cli import run
-from masformer.errors import InputError
+from masformer.errors import CorruptError, InputError
 from masformer.models import export as exporting
 from masformer.models.proof import Proof
 
@@ -76,20 +77,40 @@ def test_the_card_says_what_was_changed_how_to_serve_it_and_with_what_not(window
     assert "## Training" not in card
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_file_that_was_changed_afterwards_is_not_what_the_card_says(name, windows, tmp_path, unproved):
+def flipped(file):
+    """One bit of the file is another."""
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def without_layer_types(file):
+    config = json.loads(file.read_text())
+    del config["layer_types"]
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("model.safetensors", flipped), ("config.json", without_layer_types), ("tokenizer.json", flipped)],
+)
+def test_an_export_that_was_changed_is_not_what_the_card_says_and_is_refused(
+    name, change, windows, tmp_path, unproved, capsys
+):
     out = tmp_path / "out"
     assert run(["export", str(windows), str(out), "--to", "transformers"]) == 0
     assert damaged(out) == []
-    file = out / name
-    if name == "config.json":
-        config = json.loads(file.read_text())
-        file.write_text(json.dumps(config | {"layer_types": ["full_attention"] * 4}))
-    else:
-        content = bytearray(file.read_bytes())
-        content[-5] ^= 1
-        file.write_bytes(content)
+    assert masformer.load(str(out)).config.layer_types
+    change(out / name)
     assert damaged(out) == [name]
+    with pytest.raises(CorruptError, match=re.escape(f"{out / name} is not what was written")):
+        masformer.load(str(out))
+    capsys.readouterr()
+    if name == "config.json":
+        assert "manifest.json has another SHA-256" in refusal(capsys, 4, "plan", out)
+    (out / "manifest.json").unlink()
+    if name != "tokenizer.json":  # which a flipped bit may make unreadable
+        masformer.load(str(out))  # as its owner wants it
 
 
 def test_the_card_of_a_trained_checkpoint_names_its_data(windows, tmp_path, unproved):
@@ -139,7 +160,9 @@ def test_nothing_is_left_of_an_export_that_vllm_refutes(windows, tmp_path, capsy
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--to", "sglang"], "--to knows transformers and vllm, not 'sglang'"),
+        (["--to", "onnx"], "--to knows transformers and vllm, not 'onnx'"),
+        (["--to", "sglang"], "--to sglang: it ignores layer types and would give all layers full attention"),
+        (["--to", "gguf"], "--to gguf: it ignores layer types"),
         (["--to", "transformers", "--verify-vllm", "python"], "--verify-vllm needs --to vllm"),
         ([], "--to"),
     ],

@@ -6,16 +6,11 @@ is never run, and nobody is asked about it: `trust_remote_code` is False whereve
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import importlib.util
 import json
 import os
 import re
-import struct
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +18,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CorruptError, InputError
-from ..files import digest, sha256
+from ..files import check_files, digest, sha256
 from ..spans import SpanPlan
 from .config import MasformerConfig
 from .convert import NAME, convert
 from .families import class_of, family_of, native_plan
+from .gguf import gguf_config, gguf_place, is_gguf, one_line
 from .positions import extend, extended_config
 
 ADAPTER = "masformer.json"
@@ -40,27 +35,6 @@ OUTPUT_SETTINGS = ("output_hidden_states", "output_attentions", "return_dict")
 
 OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 """Masks over all pairs, which GPT-2, GPT-Neo and GPT-NeoX once saved among their weights; the model makes them anew."""
-
-_SIZES = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "attention.head_count": "num_attention_heads",
-}
-_ROTARY = {
-    **_SIZES,
-    "attention.head_count_kv": "num_key_value_heads",  # without it transformers leaves queries and keys permuted
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "feed_forward_length": "intermediate_size",
-}
-GGUF_KEYS = {
-    "gpt2": {**_SIZES, "feed_forward_length": "n_inner", "attention.layer_norm_epsilon": "layer_norm_epsilon"},
-    "llama": _ROTARY,
-    "qwen2": _ROTARY,
-    "qwen3": _ROTARY,
-}
-"""Architectures of the GGUF files that are read (model types of transformers too), and what they must state: keys after
-the architecture's name, and what these are called in the config."""
 
 
 class MasformerForCausalLM(PreTrainedModel):
@@ -111,6 +85,8 @@ def _load_strictly(
     cls: Any, source: Any, config: PreTrainedConfig, kwargs: dict[str, Any], folder: Any = None
 ) -> tuple[Any, dict[str, Any]]:
     """Load weights, refusing what transformers would only warn of; `folder` has them if `source` is only a name."""
+    if os.path.isdir(source):
+        check_files(Path(source))
     try:
         # Without this transformers raises on sizes that differ, and names none of them.
         strict = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -148,11 +124,12 @@ def load_config(source: str) -> tuple[PreTrainedConfig, SpanPlan]:
 
 def _read_config(source: str) -> PreTrainedConfig:
     if is_gguf(source):
-        return _gguf_config(source)
+        return gguf_config(source)
     if os.path.isdir(source):
         file = Path(source) / "config.json"
         if not file.is_file():
             raise InputError(f"{source} holds no config.json: give a model folder or a hub id")
+        check_files(Path(source), file.name)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -164,10 +141,10 @@ def _read_config(source: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except StrictDataclassError as error:
-        raise CorruptError(f"the model config in {source} is not usable: {_one_line(error)}") from error
+        raise CorruptError(f"the model config in {source} is not usable: {one_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse_own_code(source, error)
-        raise InputError(f"cannot read a model config from {source}: {_one_line(error)}") from error
+        raise InputError(f"cannot read a model config from {source}: {one_line(error)}") from error
     if not isinstance(config, MasformerConfig):
         family_of(config)
     return config
@@ -196,7 +173,7 @@ def load(source: str, *, dtype: Any = "auto", device: Any = None) -> PreTrainedM
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError) or _out_of_resources(error):
             raise
-        raise CorruptError(f"cannot load the weights of {source}: {_one_line(error)}") from error
+        raise CorruptError(f"cannot load the weights of {source}: {one_line(error)}") from error
     return model.eval().to(device) if device else model.eval()
 
 
@@ -249,6 +226,7 @@ def _load_adapted(source: str, about: dict[str, Any], *, dtype: Any, device: Any
     convert(model, SpanPlan.parse(about["plan"]), check=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft asks by the old name
+        check_files(Path(source))
         merged: Any = PeftModel.from_pretrained(model, source).merge_and_unload()
     return merged.eval().to(device) if device else merged.eval()
 
@@ -257,11 +235,6 @@ def _out_of_resources(error: BaseException) -> bool:
     """Not the fault of the files: memory or disk ran out."""
     no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     return no_memory or getattr(error, "errno", None) in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) < 300 else text[:300] + " ..."
 
 
 def refuse_own_code(source: str, error: BaseException) -> None:
@@ -273,124 +246,12 @@ def refuse_own_code(source: str, error: BaseException) -> None:
         ) from error
 
 
-# GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): the config is made here, because the one that
-# transformers makes leaves out what it does not know, as scaled positions; the weights are read by transformers.
-
-
-def is_gguf(source: str) -> bool:
-    """Whether a MODEL is the name of a GGUF file, and neither a folder nor a hub id."""
-    return source.lower().endswith(".gguf") and not os.path.isdir(source)
-
-
-@contextlib.contextmanager
-def gguf_place(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Folder and keywords with which a `from_pretrained` of transformers reads this file and no other.
-
-    transformers would take a tokenizer.json or an adapter beside the file, or a file of that name in the working
-    directory, in its stead: so the folder is an empty one and the file has its whole path.
-    """
-    with tempfile.TemporaryDirectory() as empty:
-        yield empty, {"gguf_file": os.path.abspath(source)}
-
-
-def gguf_metadata(source: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Key-value pairs (arrays of texts as their lengths) and the names of the tensors of a GGUF file.
-
-    Raises:
-        InputError: no such file, or a package missing.
-        CorruptError: not a GGUF file, or a truncated one.
-    """
-    try:
-        with open(source, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise CorruptError(f"{source} is not a GGUF file: it begins with {magic!r}")
-    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        raise InputError(f"reading {source} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
-
-    try:
-        metadata, tensors = read_gguf_metadata(source)
-    except (ValueError, struct.error, IndexError, OverflowError, MemoryError) as error:
-        raise CorruptError(f"{source} is truncated or damaged ({_one_line(error)}): copy it again") from error
-    with contextlib.suppress(ValueError):  # a quantisation whose size this does not know: seen when it is loaded
-        header = GgufHeader.from_file(source)
-        end = max((header.data_start + tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
-        if end > (size := os.path.getsize(source)):
-            raise CorruptError(f"{source} is truncated: it has {size:,} of at least {end:,} bytes: copy it again")
-    return metadata, tensors
-
-
-def _gguf_config(source: str) -> PreTrainedConfig:
-    metadata, tensors = gguf_metadata(source)
-    kind = metadata["general.architecture"]
-    if kind not in GGUF_KEYS:
-        raise InputError(
-            f"{source} is a GGUF file of architecture {kind!r}, which is not supported; "
-            f"supported are: {', '.join(GGUF_KEYS)}"
-        )
-    if metadata.get("split.count", 1) > 1:
-        raise InputError(f"{source} is one of {metadata['split.count']} parts: join them (llama-gguf-split --merge)")
-    values = _gguf_values(source, kind, metadata)
-    cls: Any = CONFIG_MAPPING[kind]
-    try:
-        config = cls(**values, tie_word_embeddings="output.weight" not in tensors, dtype="float32")
-        unread = sorted(set(tensors) - _gguf_tensors(config))
-    except Exception as error:  # every config class checks its fields in its own way
-        raise CorruptError(f"what {source} states of its sizes makes no {kind}: {_one_line(error)}") from error
-    if unread:  # transformers would drop them and say nothing
-        raise InputError(f"{source} holds {unread[0]}, which a {kind} of transformers has no place for")
-    config.name_or_path = source
-    family_of(config)
-    return config
-
-
-def _gguf_values(source: str, kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the config. What is absent is llama.cpp's default; what has no field is refused."""
-    stated = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
-    if absent := [key for key in GGUF_KEYS[kind] if key not in stated]:
-        raise CorruptError(f"{source} does not state {kind}.{absent[0]}")
-    values = {name: stated.pop(key) for key, name in GGUF_KEYS[kind].items()}
-    values["vocab_size"] = stated.pop("vocab_size", metadata.get("tokenizer.ggml.tokens"))
-    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
-        values[f"{name}_token_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    heads = values["num_attention_heads"]
-    dim = stated.pop("attention.key_length", stated.get("rope.dimension_count", values["hidden_size"] // heads))
-    if GGUF_KEYS[kind] is _ROTARY:
-        rope = {"rope_type": "default", "rope_theta": stated.pop("rope.freq_base", 10000.0)}
-        values |= {"head_dim": dim, "rope_parameters": rope}
-    same = {
-        "attention.head_count_kv": heads,
-        "attention.value_length": dim,
-        "rope.dimension_count": dim,
-        "rope.scaling.type": "none",
-    }
-    for key, value in stated.items():
-        if key != "tensor_data_layout" and (key not in same or value != same[key]):
-            raise InputError(f"{source} states {kind}.{key} = {value!r}, which is not supported in a GGUF file")
-    return values
-
-
-def _gguf_tensors(config: PreTrainedConfig) -> set[str]:
-    """What the weights of a model are called in a GGUF file."""
-    import gguf
-
-    kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[config.model_type], config.num_hidden_layers)
-    with torch.device("meta"):
-        model = class_of(config)(config)
-    parts = (name.rpartition(".") for name in model.state_dict())
-    return {f"{names.get_name(module)}.{parameter}" for module, _, parameter in parts}
-
-
 def _load_gguf(source: str, config: PreTrainedConfig, how: dict[str, Any]) -> PreTrainedModel:
     try:
         with gguf_place(source) as (folder, keywords):
             model, _ = _load_strictly(class_of(config), source, config, {**how, **keywords}, folder)
     except NotImplementedError as error:
-        raise InputError(f"a quantisation in {source} cannot be read: {_one_line(error)}") from error
+        raise InputError(f"a quantisation in {source} cannot be read: {one_line(error)}") from error
     # The weights are plain tensors now; transformers would still refuse to save or train them as quantised ones.
     model.hf_quantizer.remove_quantization_config(model)
     model.config.name_or_path = model.name_or_path = source

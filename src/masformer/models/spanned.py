@@ -4,12 +4,14 @@ the plan with the model, and refuses what would drop the spans.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention import Segments, UnsupportedSpan
+from ..files import MANIFEST
 from .cache import SpanCache
 from .config import saved_as_converted
 from .families import attention_modules, decoder_of, family_of, spans_on
@@ -95,6 +97,7 @@ class SpanModel(Front):
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder of model type `masformer`; see `masformer.models.config`."""
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what is about to be replaced
         with saved_as_converted(self.config, spans_on(self)):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 

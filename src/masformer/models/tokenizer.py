@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from .checkpoint import gguf_metadata, gguf_place, is_gguf, refuse_own_code
+from .checkpoint import refuse_own_code
+from .gguf import gguf_metadata, gguf_place, is_gguf
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece*", "sentencepiece*", "special_tokens_map.json")
 """What the files of a tokenizer are called in a model folder."""

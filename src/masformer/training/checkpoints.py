@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptError, InputError
-from ..files import MANIFEST, difference, disk_errors, locked, put, read_manifest, sha256, sync, write_manifest
+from ..files import MANIFEST, described, difference, disk_errors, locked, put, read_manifest, sync, write_manifest
 
 FORMAT = 1
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -61,7 +61,7 @@ def verify(folder: Path) -> Checkpoint:
                 raise CorruptError(f"{folder} is not as it was written, delete it: {name!r} was added")
             if name not in files:
                 raise CorruptError(f"{folder} is not as it was written, delete it: {name!r} is missing")
-            if recorded[name] != _described(files[name]):
+            if recorded[name] != described(files[name]):
                 raise CorruptError(f"{folder} is not as it was written, delete it: {name!r} has other bytes")
     except OSError as error:
         raise CorruptError(f"{folder} cannot be read: {error.filename}: {error.strerror}") from error
@@ -147,7 +147,7 @@ class Checkpoints:
                 built = self.run / SCRATCH / target.name
                 built.mkdir(parents=True)
                 yield built
-                files = {name: _described(file) for name, file in _listed(built).items()}
+                files = {name: described(file) for name, file in _listed(built).items()}
                 about = {"format": FORMAT, "step": step, "identity": self.identity, "facts": facts}
                 write_manifest(built, {**about, "files": files})
                 sync(built)
@@ -227,10 +227,6 @@ def _listed(folder: Path) -> dict[str, Path]:
         if stat.S_ISREG(mode):
             found[path.relative_to(folder).as_posix()] = path
     return found
-
-
-def _described(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _forget(folder: Path) -> None:
