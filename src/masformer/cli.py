@@ -18,6 +18,7 @@ from rich.console import Console
 
 from .cli_eval import evaluate, report
 from .cli_export import export
+from .cli_generate import chat, generate
 from .cli_model import Debug, Device, Json, Model, load_with_plan
 from .cli_output import (
     INTERRUPTED,
@@ -30,10 +31,22 @@ from .cli_output import (
     say,
     write_whole,
 )
-from .cli_plan import PlanFlags, cost_table, costed, described, in_one_line, in_words, pairs, percent, takes_plan
+from .cli_plan import (
+    PlanFlags,
+    check_engine,
+    cost_table,
+    costed,
+    described,
+    engine_table,
+    in_one_line,
+    pairs,
+    percent,
+    takes_plan,
+)
 from .cli_select import select
 from .cli_train import fetch, train
-from .errors import InputError
+from .files import seal
+from .serving.reserved import ENGINES
 from .spans import Full, SpanPlan
 
 app = typer.Typer(
@@ -85,6 +98,7 @@ def plan(
     length: Annotated[
         int | None, typer.Option(callback=at_least(1), help="Tokens of the document that is counted.")
     ] = None,
+    engine: Annotated[str | None, typer.Option(help=f"The KV it would reserve: {', '.join(ENGINES)}.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
     json: Json = False,
     debug: Debug = False,
@@ -97,6 +111,7 @@ def plan(
 
     if (model is None) == (layers is None):
         raise UsageError("give either MODEL or --layers")
+    check_engine(engine, model)
     if layers is not None:
         if not flags.given & {"plan", "layout"}:
             raise UsageError("--layers needs --plan or --layout")
@@ -106,7 +121,7 @@ def plan(
         costs = None
     else:
         assert model is not None
-        chosen, length, facts, costs = costed(model, flags, length)
+        chosen, length, facts, costs = costed(model, flags, length, engine)
     if svg is not None:
         write_whole(svg, lambda path: path.write_text(plan_svg(chosen, length=length), encoding="utf-8"))
         facts["svg"] = str(svg)
@@ -120,6 +135,9 @@ def plan(
         console = Console()
         console.print(cost_table(*costs))
         console.print(in_one_line(*costs), highlight=False, soft_wrap=True)
+        if engine is not None:
+            console.print(engine_table(facts["engine"], length))
+            console.print(facts["engine"]["reason"], highlight=False, markup=False, soft_wrap=True)
         if facts["max_positions"] and length > facts["max_positions"]:
             print(f"Note: the model itself ends at {facts['max_positions']:,} positions.")
 
@@ -160,6 +178,7 @@ def convert(
         loaded.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        seal(folder)
 
     write_whole(out, write)
     if json:
@@ -195,65 +214,8 @@ app.command()(fetch)
 app.command()(select)
 app.command("eval")(takes_plan(evaluate))
 app.command()(report)
-
-
-@app.command()
-@takes_plan
-def generate(
-    model: Model,
-    *,
-    flags: PlanFlags,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with it.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(callback=at_least(1), help="Tokens to generate at most.")] = 100,
-    temperature: Annotated[float, typer.Option(callback=at_least(0), help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling at a temperature above 0.")] = 0,
-    device: Device = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Continue a prompt, token by token, and report speed and the bytes of the KV cache.
-
-    Example: masformer generate MODEL --chat --prompt "What is a long document?" --max-new-tokens 50
-    """
-    text = _prompt(prompt, prompt_file)
-    from .evaluation.generation import generate_text, prompt_ids
-    from .models.checkpoint import load_config
-    from .models.positions import check_positions
-    from .models.tokenizer import load_tokenizer, quiet
-
-    quiet()
-    config, own = load_config(model)
-    flags.plan_for(len(own), own)
-    tokenizer = load_tokenizer(model)
-    ids = prompt_ids(tokenizer, text, chat=chat)
-    check_positions(config, ids.shape[1] + max_new_tokens)
-    loaded, chosen = load_with_plan(model, flags, device)
-    _seed(seed)
-    show = None if json else (lambda piece: print(piece, end="", flush=True))
-    result = generate_text(loaded, tokenizer, ids, new_tokens=max_new_tokens, temperature=temperature, show=show)
-    if json:
-        print_json({"model": model, "plan": str(chosen), "seed": seed, **result.to_json()})
-        return
-    print(flush=True)
-    speed = f"{result.tokens_per_second:.1f}" if result.tokens_per_second else "-"
-    say(
-        f"{result.prompt_tokens:,} prompt tokens in {result.prefill_seconds:.2f} s, {result.new_tokens:,} new tokens, "
-        f"{speed} tokens/s, KV cache {in_words(result.kv_bytes, 'B')}"
-    )
-
-
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
-        raise UsageError("give either --prompt or --prompt-file")
-    try:
-        text = prompt if file is None else file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
-    if not text or not text.strip():
-        raise InputError(f"the prompt{f' in {file}' if file else ''} is empty: give some text")
-    return text
+app.command()(takes_plan(generate))
+app.command()(takes_plan(chat))
 
 
 @app.command()
@@ -274,9 +236,3 @@ def demo(
     facts = run_demo(out, device=device, say=say if json else print)
     if json:
         print_json(facts)
-
-
-def _seed(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)

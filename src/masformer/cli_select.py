@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_eval import estimate_in_words, names_of, numbers_of
-from .cli_model import Debug, Device, Json, Model, device_name
+from .cli_model import Debug, Device, Dtype, Json, Model, check_dtype, device_name
 from .cli_output import UsageError, at_least, print_json, say
 from .cli_plan import in_words
 from .errors import InputError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .selection.space import Budget
     from .spans import ModelShape
 
-DTYPES = ("float32", "bfloat16", "float16")
 BUDGETS = ("full", "kv_bytes", "flops", "within")
 BY_COST = ("kv_bytes", "flops")
 
@@ -113,7 +112,7 @@ def select(
         int, typer.Option(callback=at_least(0), help="Train each choice so long and try it again.")
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of documents, items and draws.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the model's own.")] = None,
+    dtype: Dtype = None,
     workers: Annotated[int, typer.Option(callback=at_least(1), help="Processes that measure.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Measure on a Ray cluster: its address, or local.")] = None,
     device: Device = None,
@@ -127,8 +126,7 @@ def select(
     spans = local_spans(block, window, lookback, sinks, sizes)
     typed = {"full": full, "kv_bytes": kv_bytes, "flops": flops, "within": within}
     flags = BudgetFlags.of(typed, at)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"unknown --dtype {dtype!r}: choose of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     where = device_name(device)
 
     import torch

@@ -1,6 +1,9 @@
-"""Generate text and measure it: tokens, speed, and the bytes of the KV cache at the end.
+"""Generate text, or answers in a conversation, and measure it: tokens, speed, bytes of the KV cache at the end.
 
     result = generate_text(model, tokenizer, prompt_ids(tokenizer, "Once"), new_tokens=50, show=print_piece)
+
+    conversation = Conversation(model, tokenizer, new_tokens=50)
+    result = conversation.answer("What is the capital of France?", show=print_piece)
 
 The model is called as a user would call it, through `generate()` with its default cache.
 """
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
@@ -24,12 +28,14 @@ from ..models.positions import check_positions
 class Generated:
     """One generation.
 
+    computed_tokens: those of the prompt that no kept cache held.
     prefill_seconds: until the first new token. decode_seconds: from the first to the last one.
     kv_bytes: storage behind the keys and values of the cache at the end.
     """
 
     text: str
     prompt_tokens: int
+    computed_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
@@ -52,15 +58,26 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
     """
     if not prompt.strip():
         raise InputError("the prompt is empty: give some text")
-    if chat and not tokenizer.chat_template:
-        raise InputError("the tokenizer has no chat template: leave the chat option out")
     if chat:
-        turn = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise InputError("the prompt has no tokens: give some text")
+    return torch.tensor([ids])
+
+
+def chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> Tensor:
+    """Turns (`role` and `content`) in the tokenizer's chat template, up to the model's answer, as ids `[1, tokens]`.
+
+    Raises:
+        InputError: a tokenizer without a chat template, or turns that its template refuses.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template: use masformer generate, without --chat")
+    try:
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise InputError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     return torch.tensor([ids])
 
 
@@ -81,14 +98,93 @@ def generate_text(
     Raises:
         InputError: more tokens than the model has positions.
     """
-    prompt = ids.shape[1]
-    check_positions(model.config, prompt + new_tokens)
+    check_positions(model.config, ids.shape[1] + new_tokens)
+    result, _ = _generate(model, tokenizer, ids, None, new_tokens=new_tokens, temperature=temperature, show=show)
+    return result
+
+
+@dataclasses.dataclass
+class Conversation:
+    """Turns of a user and a model, the system prompt before them, and the KV cache of what the model has read of them.
+
+    The cache is kept as long as each prompt goes on from exactly the token ids in it. It is never cut back, which a
+    cache that is bounded by spans does not allow; where ids differ, all of the prompt is computed anew.
+
+    Args:
+        new_tokens: of an answer at most.
+        temperature: 0 takes the likeliest token.
+        system: what stands before the turns; None leaves that to the chat template.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    new_tokens: int
+    temperature: float = 0.0
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew with no turn but the system prompt."""
+        self.turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        self.cache: Any = None
+        self.seen: list[int] = []
+        """Ids of the tokens in the cache."""
+
+    def answer(self, text: str, show: Callable[[str], None] | None = None) -> Generated:
+        """Answer the user's `text`; both become turns. What is interrupted becomes a turn as far as it was said.
+
+        Args:
+            show: called with each piece of text as soon as it is whole.
+
+        Raises:
+            InputError: more tokens than the model has positions, or turns that the chat template refuses; the
+                conversation stays as it was.
+        """
+        turns, said = [*self.turns, {"role": "user", "content": text}], []
+        ids = chat_ids(self.tokenizer, turns)
+        check_positions(self.model.config, ids.shape[1] + self.new_tokens)
+        goes_on = len(self.seen) < ids.shape[1] and ids[0, : len(self.seen)].tolist() == self.seen
+        cache, self.cache, self.seen = self.cache if goes_on else None, None, []  # interrupted, it is out of step
+
+        def hear(piece: str) -> None:
+            said.append(piece)
+            if show is not None:
+                show(piece)
+
+        how: dict[str, Any] = {"new_tokens": self.new_tokens, "temperature": self.temperature, "show": hear}
+        try:
+            result, out = _generate(self.model, self.tokenizer, ids, cache, **how)
+        except KeyboardInterrupt:
+            if any(said):
+                self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+            raise
+        self.turns = [*turns, {"role": "assistant", "content": result.text}]
+        self.cache = out.past_key_values
+        self.seen = out.sequences[0, : self.cache.get_seq_length()].tolist()  # the last token was not run
+        return result
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: Tensor,
+    cache: Any,
+    *,
+    new_tokens: int,
+    temperature: float,
+    show: Callable[[str], None] | None,
+) -> tuple[Generated, Any]:
+    """Continue ids, the first of which `cache` may hold; beside the result what transformers returns."""
+    prompt, held = ids.shape[1], 0 if cache is None else cache.get_seq_length()
     streamer = _Timed(tokenizer, show)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids = ids.to(model.device)
     out: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
         max_new_tokens=new_tokens,
         num_beams=1,
         streamer=streamer,
@@ -96,14 +192,16 @@ def generate_text(
         **sampling,
     )
     new = out.sequences[0, prompt:]
-    return Generated(
+    result = Generated(
         text=tokenizer.decode(new, skip_special_tokens=True),
         prompt_tokens=prompt,
+        computed_tokens=prompt - held,
         new_tokens=len(new),
         prefill_seconds=streamer.times[1] - streamer.times[0],
         decode_seconds=streamer.times[-1] - streamer.times[1],
         kv_bytes=_kv_bytes(out.past_key_values),
     )
+    return result, out
 
 
 class _Timed(TextStreamer):
