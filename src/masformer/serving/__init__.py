@@ -1,0 +1,1 @@
+"""What serving engines make of a plan."""
