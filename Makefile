@@ -18,9 +18,10 @@ test-all: .venv/ready
 test-browser: .venv/ready
 	$(TEST) -m browser
 
-# One worker: vLLM takes the cores for itself.
-test-vllm: .venv/ready vllm-env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+# One worker: vLLM takes the cores for itself. VLLM=... is another interpreter that has vLLM, say for a GPU.
+VLLM ?= $(CURDIR)/.venv-vllm/bin/python
+test-vllm: .venv/ready $(if $(filter $(CURDIR)/%,$(VLLM)),vllm-env)
+	MASFORMER_VLLM=$(VLLM) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
 
 # vLLM for the CPU, in an environment of its own: it shares no version of transformers with ours.
 vllm-env: .venv-vllm/ready

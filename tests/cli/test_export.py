@@ -177,7 +177,7 @@ def test_what_has_no_native_form_is_bad_input(parent, converted, tmp_path, capsy
     assert "convert it first" in refusal(capsys, 3, "export", parent, out, "--to", "vllm")
     line = refusal(capsys, 3, "export", converted, out, "--to", "vllm")
     assert "window:8:sinks=2 cannot be exported, native layers have no sinks: train the last phase" in line
-    assert "recipe key plan" in line
+    assert "recipes/smollm2-windows.yaml" in line
     assert not out.exists()
 
 

@@ -128,14 +128,14 @@ def test_spans_without_a_native_form_are_refused(plan, words, target):
         native_config(config_of("llama"), SpanPlan.parse(plan), target)
     assert "\n" not in str(caught.value)
     if ":8" in plan:
-        assert "recipe key plan" in str(caught.value)
+        assert "recipes/smollm2-windows.yaml" in str(caught.value)
         assert "vLLM plugin" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("family", "target", "words"),
     [
-        ("gpt_neox", "transformers", "would prefill with full attention; to serve it, keep the conversion"),
+        ("gpt_neox", "transformers", "would prefill with full attention; masformer.load runs the conversion"),
         ("gpt_neox", "vllm", "would prefill with full attention"),
         ("olmo3", "transformers", "a layer's type changes its positions too"),
         ("gpt2", "transformers", "only llama, mistral, ministral, qwen2, qwen3, gpt_neo have a native form"),

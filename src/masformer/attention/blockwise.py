@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..spans import Block, Span, Window
 from .reference import visible
 from .softmax import Softmax
+from .tiled import ROWS, Tile, Tiled, hidden, is_fast
 
 LEAST_CHUNK = 64
 """Chunks are not shorter than this: tiny spans would make too many tiny products."""
@@ -143,7 +145,11 @@ class Document:
         everything = self.span.start(self.end - 1) <= self.span.sinks
         if everything and self._at_once(self.q.shape[2]):
             return self._everything()
-        parts = self._runs(self.start, self.end) if everything else self._parts()
+        tiled = self._in_tiles()
+        parts = self._runs(self.start, self.end) if everything else self._parts(tiled)
+        if tiled:
+            tiles = tuple(tile for part in parts for tile in self._tiles(part))
+            return Tiled.apply(self.q, self.k, self.v, tiles, self.softmax.factor(self.q))
         keys = Take.apply(self.k, self.span.sinks, parts)
         values = Take.apply(self.v, self.span.sinks, parts)
         outs = [self._part(part, k, v) for part, k, v in zip(parts, keys, values, strict=True)]
@@ -164,9 +170,11 @@ class Document:
         causal = mask is None and queries > 1
         return self.softmax.attend(self.q, self.k, self.v, mask=mask, causal=causal)
 
-    def _parts(self) -> tuple[Part, ...]:
+    def _parts(self, tiled: bool) -> tuple[Part, ...]:
         """The queries in order: those before the first whole chunk, the whole chunks, the rest."""
         chunk, reach = chunk_and_reach(self.span)
+        if tiled and isinstance(self.span, Window):
+            chunk = ROWS  # the keys of neighbouring tiles lie together
         body = min(self.end, self._body_start(chunk, reach))
         chunks = (self.end - body) // chunk
         if chunks <= 1 and self.end - self.start <= FEW_TOKENS:
@@ -222,6 +230,34 @@ class Document:
         else:
             out = self.softmax.attend_grouped(q, k, v, mask=self._mask(part, k.shape[2]))
         return out.unflatten(0, (batch, part.chunks)).transpose(1, 2).flatten(2, 3)
+
+    def _in_tiles(self) -> bool:
+        """Whether tiles do it faster than torch's kernel."""
+        return (
+            self.q.shape[2] > FEW_TOKENS
+            and not self.softmax.dropout
+            and not self.softmax.written_out
+            and is_fast(self.q)
+        )
+
+    def _tiles(self, part: Part) -> Iterator[Tile]:
+        """A part's chunks cut into tiles, each with the keys that any of its queries sees."""
+        sinks = self.span.sinks if part.sinks else 0
+        among = part.begin < self.span.sinks and not sinks  # sinks stand among the keys
+        for low in range(part.low, part.low + part.width, ROWS):
+            high = min(low + ROWS, part.low + part.width)
+            begin = part.begin if among else max(part.begin, self.span.unclamped_start(low))
+            rows, keys = torch.arange(low, high), torch.arange(begin, high)
+            yield Tile(
+                query=low - self.start,
+                key=part.key_low + begin - part.begin,
+                chunks=part.chunks,
+                step=part.width,
+                rows=len(rows),
+                keys=len(keys),
+                sinks=sinks,
+                hidden=hidden(visible(self.span, rows, keys), self.q.dtype),
+            )
 
     def _mask(self, part: Part, keys: int) -> Tensor:
         """`[width, keys]`: which keys each query of a chunk sees; the same for all chunks of the part."""

@@ -30,6 +30,10 @@ class Softmax:
         """Whether torch's kernels cannot be used, since they take neither softcap nor sink logits."""
         return self.eager or self.softcap is not None or self.sink_logits is not None
 
+    def factor(self, q: Tensor) -> float:
+        """What scores are multiplied by."""
+        return q.shape[3] ** -0.5 if self.scale is None else self.scale
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Attention with fewer key heads than query heads allowed; `[batch, heads, queries, value dim]`.
 
@@ -66,7 +70,7 @@ class Softmax:
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """Step by step in the order and the dtypes of transformers' eager attention (models/gemma2, models/gpt_oss)."""
         groups = q.shape[1] // k.shape[1]
-        scores = q @ _repeated(k, groups).transpose(2, 3) * (q.shape[3] ** -0.5 if self.scale is None else self.scale)
+        scores = q @ _repeated(k, groups).transpose(2, 3) * self.factor(q)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if causal:

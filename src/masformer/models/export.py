@@ -31,8 +31,8 @@ from .tokenizer import has_tokenizer, load_tokenizer
 
 TARGETS = ("transformers", "vllm")
 WAYS_OUT = (
-    "train the last phase with plain windows (recipe key plan, its local spans window:SIZE) and export that, or keep "
-    "the conversion and serve it through the vLLM plugin, which is to come"
+    "train the last phase with plain windows (recipes/smollm2-windows.yaml) and export that, or keep the conversion "
+    "and serve it through the vLLM plugin, which knows blocks and windows of all sizes, without sinks"
 )
 
 TO_MINISTRAL = ("llama", "mistral", "ministral")
@@ -106,7 +106,7 @@ def native_config(config: PreTrainedConfig, plan: SpanPlan, target: str) -> PreT
     family_of(config)
     kind = config.model_type
     if kind not in (*TO_MINISTRAL, *QWEN, "gpt_neo"):
-        raise InputError(f"a {kind} cannot be exported: {_why_not(kind)}; to serve it, {WAYS_OUT.split(', or ')[1]}")
+        raise InputError(f"a {kind} cannot be exported: {_why_not(kind)}; masformer.load runs the conversion")
     if getattr(config, "quantization_config", None):
         raise InputError("quantised weights cannot be exported: load them in full precision, convert and save that")
     window = _one_window(plan)
@@ -182,7 +182,8 @@ def _refuse_for_vllm(config: PreTrainedConfig) -> None:
     if kind in QWEN:
         raise InputError(
             f"a {kind} cannot be exported for vLLM, whose own {kind} reads no layer types: it would refuse the model "
-            "or give all layers full attention; export it for transformers, serve that with --model-impl transformers"
+            "or give all layers full attention; export it for transformers and serve that with --model-impl "
+            "transformers, or serve the conversion through the plugin"
         )
     if kind not in TO_MINISTRAL:
         raise InputError(f"a {kind} cannot be exported for vLLM, which has no such class: export it for transformers")

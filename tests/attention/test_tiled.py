@@ -1,0 +1,117 @@
+"""Attention in tiles, which CPUs take for more than a few tokens, against the dense reference."""
+
+import itertools
+
+import pytest
+import torch
+
+from masformer.attention import Segments, attend, blockwise, tiled
+from masformer.attention.reference import reference
+from masformer.spans import parse_span
+
+SPANS = [
+    "block:128",
+    "block:48",
+    "block:16:sinks=3",
+    "block:200:sinks=5",
+    "block:700",
+    "block:700:sinks=1",
+    "block:96:lookback=2",
+    "block:640:lookback=1:sinks=2",
+    "window:1",
+    "window:30",
+    "window:128",
+    "window:257:sinks=4",
+    "window:700:sinks=9",
+    "window:1200",
+]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How often tiles were taken."""
+    calls = []
+    pieces = tiled._pieces
+    monkeypatch.setattr(tiled, "_pieces", lambda *given: calls.append(1) or pieces(*given))
+    return calls
+
+
+def made(heads, kv_heads, queries, keys, dtype=torch.float64, batch=2, dim=16):
+    """q, k and v as a layer hands them on: views of `[batch, tokens, heads, dim]`."""
+    torch.manual_seed(keys)
+    sizes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    return [torch.randn(batch, n, h, dim, dtype=dtype).transpose(1, 2).requires_grad_() for n, h in sizes]
+
+
+@pytest.mark.parametrize("tokens", [257, 640, 1111])
+@pytest.mark.parametrize("span", SPANS)
+def test_output_and_gradients_are_the_references(span, tokens, taken):
+    span, given = parse_span(span), made(4, 2, tokens, tokens)
+    out, expected = attend(*given, span), reference(*given, span)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    up = torch.randn_like(expected)
+    for got, right in zip(torch.autograd.grad(out, given, up), torch.autograd.grad(expected, given, up), strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-11)
+    assert taken or span.visible(tokens - 1) == tokens  # where all is seen the parent's call is made
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_a_later_part_of_a_document_has_the_same_rows(span, taken):
+    span, (q, k, v) = parse_span(span), made(4, 2, 1500, 1500)
+    whole = reference(q, k, v, span)
+    for start, end in itertools.pairwise([0, 400, 1041, 1500]):
+        out = attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], span)
+        torch.testing.assert_close(out, whole[:, :, start:end], rtol=0, atol=1e-12)
+        needed = span.start(start) if span.start(start) > span.sinks else 0
+        if needed:  # a bounded cache holds the sinks and what is seen from here on
+            held = [torch.cat([x[:, :, : span.sinks], x[:, :, needed:end]], 2) for x in (k, v)]
+            bounded = attend(q[:, :, start:end], *held, span, segments=Segments(seen=start, new=end - start))
+            torch.testing.assert_close(bounded, out, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("span", ["block:128", "block:512:sinks=4", "window:200", "window:200:sinks=4"])
+def test_bfloat16_is_as_near_to_the_truth_as_torchs_own_kernel(span, monkeypatch):
+    span = parse_span(span)
+    exact = made(4, 2, 1500, 1500, dim=64)
+    up = torch.randn(2, 4, 1500, 64)
+    truth = torch.autograd.grad(reference(*exact, span), exact, up.double())
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+
+    def errors():
+        got = torch.autograd.grad(attend(*half, span), half, up.bfloat16())
+        return [
+            float((a.double() - b).square().mean().sqrt() / b.square().mean().sqrt())
+            for a, b in zip(got, truth, strict=True)
+        ]
+
+    monkeypatch.setattr(tiled, "has_bf16", lambda: True)
+    ours = errors()
+    monkeypatch.setattr(blockwise, "is_fast", lambda q: False)
+    theirs = errors()
+    assert all(a < 1.5 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_memory_is_that_of_a_few_tiles(monkeypatch):
+    """No scores of more than AT_ONCE pairs, or one tile, exist at a time, whatever the length."""
+    sizes = []
+    make = tiled.Scratch.__call__
+    monkeypatch.setattr(
+        tiled.Scratch,
+        "__call__",
+        lambda self, name, *shape: sizes.append(torch.Size(shape).numel()) or make(self, name, *shape),
+    )
+    given = made(1, 1, 20_000, 20_000, torch.float32, batch=1)
+    attend(*given, parse_span("window:512:sinks=4")).sum().backward()
+    assert max(sizes) <= tiled.AT_ONCE
+
+
+def test_torchs_kernels_are_kept_where_tiles_do_not_do_the_same(taken):
+    q, k, v = (x.float() for x in made(2, 2, 600, 600))
+    span = parse_span("window:100")
+    attend(q, k, v, span, dropout=0.1)
+    attend(q, k, v, span, softcap=30.0)
+    attend(q.half(), k.half(), v.half(), span)
+    attend(q[:, :, -200:], k, v, span)
+    assert not taken
+    attend(q, k, v, span)
+    assert taken
