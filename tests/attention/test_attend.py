@@ -336,7 +336,7 @@ def test_neighbours_and_padding_cannot_poison_a_few_tokens_either(span: Span, va
 
 @pytest.mark.parametrize(
     ("span", "first_safe"),
-    [(Block(64), 64), (Block(64, 1), 128), (Window(64), 128), (Window(64, 2), 192), (Block(70, 0, 2), 140)],
+    [(Block(64), 64), (Block(64, 1), 128), (Window(64), 191), (Window(64, 2), 193), (Block(70, 0, 2), 140)],
     ids=str,
 )
 def test_poison_out_of_reach(span: Span, first_safe: int) -> None:

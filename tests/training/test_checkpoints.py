@@ -108,8 +108,8 @@ def test_fewer_than_one_cannot_be_kept(run):
 
 def test_saving_reads_no_older_checkpoint(two, monkeypatch):
     opened = []
-    whole = module.sha256
-    monkeypatch.setattr(module, "sha256", lambda file: (opened.append(file.parts), whole(file))[1])
+    whole = module.described
+    monkeypatch.setattr(module, "described", lambda file: (opened.append(file.parts), whole(file))[1])
     saved(two, [3])
     assert all(".scratch" in parts for parts in opened)
     assert len(opened) == 4  # two files, when they are described and when they are read back
@@ -205,7 +205,7 @@ def test_a_file_that_cannot_be_read_is_named(two, monkeypatch):
     def refused(file):
         raise OSError(errno.EIO, "Input/output error", str(file))
 
-    monkeypatch.setattr(module, "sha256", refused)
+    monkeypatch.setattr(module, "described", refused)
     with pytest.raises(CorruptError, match=r"checkpoint-2 cannot be read: .*model\.bin: Input/output error"):
         verify(two / "checkpoint-2")
 
