@@ -39,7 +39,9 @@ docs: .venv/ready
 	$(BIN)/python -m tests.models.families_page > docs/families.md
 
 bench: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.op
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

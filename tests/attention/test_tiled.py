@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from masformer.attention import Segments, attend, blockwise, tiled
 from masformer.attention.reference import reference
@@ -115,3 +116,24 @@ def test_torchs_kernels_are_kept_where_tiles_do_not_do_the_same(taken):
     assert not taken
     attend(q, k, v, span)
     assert taken
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_autocast_computes_in_its_type_as_torchs_kernel_does(mixed, taken, monkeypatch):
+    monkeypatch.setattr(tiled, "has_bf16", lambda: True)
+    q, k, v = (x.detach().float().requires_grad_() for x in made(4, 2, 600, 600))
+    span = parse_span("window:100:sinks=2")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v.bfloat16() if mixed else v, span)
+        out.float().square().sum().backward()
+    assert taken
+    assert out.dtype == torch.bfloat16
+    assert q.grad.dtype == k.grad.dtype == v.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), reference(q, k, v, span), rtol=0, atol=0.05)
+
+
+def test_tensors_of_other_kinds_go_to_torchs_kernels(taken):
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 2, 600, 16) for _ in range(3))
+        assert attend(q, k, v, parse_span("window:100")).shape == q.shape
+    assert not taken

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..spans import Block, Span, Window
 from .reference import visible
 from .softmax import Softmax
-from .tiled import ROWS, Tile, Tiled, hidden, is_fast
+from .tiled import ROWS, Tile, hidden, is_fast, tiled
 
 LEAST_CHUNK = 64
 """Chunks are not shorter than this: tiny spans would make too many tiny products."""
@@ -145,11 +145,11 @@ class Document:
         everything = self.span.start(self.end - 1) <= self.span.sinks
         if everything and self._at_once(self.q.shape[2]):
             return self._everything()
-        tiled = self._in_tiles()
-        parts = self._runs(self.start, self.end) if everything else self._parts(tiled)
-        if tiled:
+        in_tiles = self._in_tiles()
+        parts = self._runs(self.start, self.end) if everything else self._parts(in_tiles)
+        if in_tiles:
             tiles = tuple(tile for part in parts for tile in self._tiles(part))
-            return Tiled.apply(self.q, self.k, self.v, tiles, self.softmax.factor(self.q))
+            return tiled(self.q, self.k, self.v, tiles, self.softmax.factor(self.q))
         keys = Take.apply(self.k, self.span.sinks, parts)
         values = Take.apply(self.v, self.span.sinks, parts)
         outs = [self._part(part, k, v) for part, k, v in zip(parts, keys, values, strict=True)]
@@ -170,10 +170,10 @@ class Document:
         causal = mask is None and queries > 1
         return self.softmax.attend(self.q, self.k, self.v, mask=mask, causal=causal)
 
-    def _parts(self, tiled: bool) -> tuple[Part, ...]:
+    def _parts(self, in_tiles: bool) -> tuple[Part, ...]:
         """The queries in order: those before the first whole chunk, the whole chunks, the rest."""
         chunk, reach = chunk_and_reach(self.span)
-        if tiled and isinstance(self.span, Window):
+        if in_tiles and isinstance(self.span, Window):
             chunk = ROWS  # the keys of neighbouring tiles lie together
         body = min(self.end, self._body_start(chunk, reach))
         chunks = (self.end - body) // chunk
@@ -233,12 +233,8 @@ class Document:
 
     def _in_tiles(self) -> bool:
         """Whether tiles do it faster than torch's kernel."""
-        return (
-            self.q.shape[2] > FEW_TOKENS
-            and not self.softmax.dropout
-            and not self.softmax.written_out
-            and is_fast(self.q)
-        )
+        few, softmax = self.q.shape[2] <= FEW_TOKENS, self.softmax
+        return not few and not softmax.dropout and not softmax.written_out and is_fast(self.q)
 
     def _tiles(self, part: Part) -> Iterator[Tile]:
         """A part's chunks cut into tiles, each with the keys that any of its queries sees."""

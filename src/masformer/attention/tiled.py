@@ -56,9 +56,16 @@ def hidden(mask: Tensor, dtype: torch.dtype) -> tuple[tuple[int, int, Tensor], .
 
 def is_fast(q: Tensor) -> bool:
     """Whether this processor multiplies such tensors in batches at speed."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return q.dtype in (torch.float32, torch.float64) or (q.dtype == torch.bfloat16 and has_bf16())
+    if q.device.type != "cpu" or type(q) is not Tensor or torch.compiler.is_compiling():
+        return False  # other kinds of tensors, as fake or distributed ones, have no strides to read by
+    dtype = _computed_in(q)
+    return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and has_bf16())
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """Autocast has torch's own kernel compute in its type; float64 it leaves alone."""
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if casts else x.dtype
 
 
 def has_bf16() -> bool:
@@ -66,10 +73,22 @@ def has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class Tiled(torch.autograd.Function):
-    """`Tiled.apply(q, k, v, tiles, scale)`: `[batch, heads, queries, value dim]`, for q `[batch, heads, queries, dim]`,
-    k and v `[batch, kv_heads, keys, dim]`; the tiles have every query once.
+def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scale: float) -> Tensor:
+    """Attention in tiles, `[batch, heads, queries, value dim]`.
+
+    Args:
+        q: `[batch, heads, queries, dim]`; k, v: `[batch, kv_heads, keys, dim]`.
+        tiles: every query once.
+        scale: factor of the scores.
     """
+    q, k, v = (x.to(_computed_in(x)) for x in (q, k, v))
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = Tiled.apply(q, k, v, tiles, scale)
+    return out
+
+
+class Tiled(torch.autograd.Function):
+    """`tiled` with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scale: float) -> Tensor:
@@ -86,8 +105,12 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        with torch.autocast("cpu", enabled=False):
+            return Tiled.gradients(ctx, grad if grad.stride(-1) == 1 else grad.contiguous())
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq = torch.empty_like(q)
         sums = torch.promote_types(q.dtype, torch.float32)
         dk, dv = (torch.zeros(x.shape, dtype=sums) for x in (k, v))
