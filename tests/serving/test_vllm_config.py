@@ -1,8 +1,10 @@
 """The config that vLLM gets of a conversion; that vLLM serves it is tested in test_served.py."""
 
 import json
+import pickle
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from masformer.errors import CorruptError, InputError
 from masformer.models.config import MasformerConfig
@@ -63,3 +65,11 @@ def test_other_families_and_configs_are_refused():
         ServedConfig.from_dict(written("gpt_neo"))
     with pytest.raises(CorruptError, match="lacks its parent or its plan"):
         ServedConfig.from_dict({"model_type": "masformer"})
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_transformers_auto_classes_refuse_it_and_other_processes_find_it(family):
+    config = ServedConfig.from_dict(written(family))
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_config(config)
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()

@@ -29,6 +29,19 @@ PLAN = "masformer_plan"
 """Where the parent's config has the plan, in its text form."""
 
 
+def _config(kind: str) -> Any:
+    """The parent's config class under a name of its own, which transformers' auto classes refuse: they would build the
+    parent with full attention if vLLM was told to use their models (`--model-impl transformers`).
+    """
+    parent: Any = CONFIG_MAPPING["llama" if kind == "ministral" else kind]
+    name = f"{kind.title()}Spans"
+    globals()[name] = type(name, (parent,), {"__module__": __name__})  # where other processes look for it
+    return globals()[name]
+
+
+CONFIGS = {kind: _config(kind) for kind in ARCHITECTURES}
+
+
 class ServedConfig(PreTrainedConfig):
     """What transformers reads config.json of a conversion with, where vLLM runs: it becomes the parent's config."""
 
@@ -58,7 +71,7 @@ class ServedConfig(PreTrainedConfig):
             "dtype": config_dict.get("dtype", parent.get("dtype")),
             PLAN: plan,
         }
-        return CONFIG_MAPPING["llama" if kind == "ministral" else kind].from_dict(own, **kwargs)
+        return CONFIGS[kind].from_dict(own, **kwargs)
 
 
 def register() -> None:

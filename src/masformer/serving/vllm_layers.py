@@ -20,7 +20,13 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, subclass_attention_backend
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    get_kv_quant_mode,
+)
 
 from ..errors import InputError
 from ..files import check_files
@@ -57,6 +63,7 @@ class SpanAttention(Attention):
             "num_kv_heads": self.num_kv_heads,
             "head_size": self.head_size,
             "dtype": self.kv_cache_torch_dtype,
+            "kv_quant_mode": get_kv_quant_mode(self.kv_cache_dtype),
         }
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             return FullAttentionSpec(**sizes)
@@ -132,6 +139,11 @@ class Spanned:
             raise InputError(f"the plan has {len(plan)} layers, the model has {layers}")
         for span in plan:
             vllm_span(span)  # refuses what vLLM cannot compute
+        parallel = vllm_config.parallel_config
+        if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+            raise InputError(
+                "blocks and windows are not served with context parallelism: each rank has part of the keys"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         _replace(self, plan, vllm_config)
 
