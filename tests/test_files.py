@@ -155,3 +155,16 @@ def test_a_missing_file_and_a_damaged_manifest_are_refused(sealed):
 
 def test_a_model_without_a_manifest_has_nothing_to_be_held_against(tmp_path):
     files.check_files(tmp_path)
+
+
+def test_weights_that_were_added_are_refused_for_they_might_be_loaded(sealed):
+    (sealed / "model-00001.safetensors").write_text("others")
+    with pytest.raises(CorruptError, match=r"model-00001\.safetensors was not there when manifest\.json was written"):
+        files.check_files(sealed)
+
+
+@pytest.mark.parametrize("content", ['{"name": "x"}', "[1]", '{"files": {}}'])
+def test_a_manifest_of_somebody_else_is_let_be(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "model.safetensors").write_text("x")
+    files.check_files(tmp_path)

@@ -169,6 +169,8 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         text = prompt if file is None else file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    if text and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):  # what a shell gave and could not be read
+        raise InputError("the prompt is not UTF-8")
     if not text or not text.strip():
         raise InputError(f"the prompt{f' in {file}' if file else ''} is empty: give some text")
     return text

@@ -271,6 +271,7 @@ def _engine(engine: str, config: Any, shape: ModelShape, plan: SpanPlan, length:
 
     from .models.export import native_config
     from .models.families import native_plan
+    from .models.rope import refuse_for_vllm
     from .serving.vllm import ARCHITECTURES
 
     native, refusal = config, ""
@@ -282,6 +283,9 @@ def _engine(engine: str, config: Any, shape: ModelShape, plan: SpanPlan, length:
     if engine == "vllm":
         if refusal and config.model_type not in ARCHITECTURES:
             raise InputError(f"vLLM cannot serve a converted {config.model_type}: {refusal}")
+        refuse_for_vllm(getattr(config, "rope_parameters", None) or {}, "use masformer.load")
+        if refusal:
+            _refuse_unaligned(plan)
         rows = [reserved.vllm(shape, plan, length, settings) for settings in reserved.VLLM_DEFAULTS]
         reason = reserved.vllm_reason(plan, plugin=bool(refusal))
     else:
@@ -291,6 +295,16 @@ def _engine(engine: str, config: Any, shape: ModelShape, plan: SpanPlan, length:
         rows = reserved.transformers(shape, plan, length, cache)
         reason = reserved.transformers_reason(plan, cache, refusal.split(": ")[0])
     return {"name": engine, "reserved": [row.to_json() for row in rows], "reason": reason}
+
+
+def _refuse_unaligned(plan: SpanPlan) -> None:
+    """Refuse blocks that no default page of vLLM divides."""
+    from .serving.batches import refuse_unaligned
+
+    smallest = min(settings.page for settings in reserved.VLLM_DEFAULTS)
+    for span in plan:
+        if isinstance(span, Block):
+            refuse_unaligned(span, smallest)
 
 
 def engine_table(facts: dict[str, Any], length: int) -> Table:

@@ -27,6 +27,9 @@ if sys.platform != "win32":
 MANIFEST = "manifest.json"
 READ = (".jinja", ".json", ".model", ".safetensors", ".txt")
 """What a model's files end with, as far as anything loads them; not the state of an optimiser, nor a README."""
+LOADED = (".bin", ".json", ".safetensors")
+"""Of what was added to a model's files later, this might be loaded in their place."""
+WAYS_OUT = f"copy the folder again, or delete {MANIFEST} if the change is yours"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -95,15 +98,30 @@ def check_files(folder: Path, *names: str) -> None:
     Raises:
         CorruptError: a file that is missing or has other bytes than were written, or a damaged manifest.
     """
-    if not (folder / MANIFEST).is_file():
+    if not _is_ours(folder / MANIFEST):
         return
-    recorded = read_manifest(folder).get("files") or {}
-    for name in names or [name for name in recorded if name.endswith(READ)]:
+    try:
+        recorded = read_manifest(folder)["files"]
+    except CorruptError as error:
+        raise CorruptError(f"{folder / MANIFEST} is damaged: copy the folder again") from error
+    found = [name for name in recorded if name.endswith(READ)]
+    known = {*recorded, MANIFEST}
+    if added := [path.name for path in folder.iterdir() if path.suffix in LOADED and path.name not in known]:
+        raise CorruptError(f"{folder / min(added)} was not there when {MANIFEST} was written: {WAYS_OUT}")
+    for name in names or found:
         if name in recorded and (not (folder / name).is_file() or described(folder / name) != recorded[name]):
-            raise CorruptError(
-                f"{folder / name} is not what was written, {MANIFEST} has another SHA-256: copy the folder again, or "
-                f"delete {MANIFEST} if the change is yours"
-            )
+            raise CorruptError(f"{folder / name} is not what was written, {MANIFEST} has another SHA-256: {WAYS_OUT}")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a manifest, damaged or not, is one of a model's files; others may use the name for their own."""
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(content, dict) and "digest" in content and isinstance(content.get("files"), dict)
 
 
 def sync(folder: Path) -> None:

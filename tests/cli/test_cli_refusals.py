@@ -186,3 +186,13 @@ def test_a_model_that_is_saved_again_into_its_folder_is_a_new_one(sealed_copy):
         next(model.parameters()).add_(1)
     model.save_pretrained(sealed_copy)
     assert torch.equal(next(load(str(sealed_copy)).parameters()), next(model.parameters()))
+
+
+def test_a_tokenizer_that_was_cut_off_is_not_what_was_written(sealed_copy, capsys):
+    file = sealed_copy / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "tokenizer.json is not what was written" in refusal(capsys, 4, "generate", sealed_copy, "--prompt", "x")
+
+
+def test_a_prompt_that_no_text_can_be_is_bad_input(converted, capsys):
+    assert "the prompt is not UTF-8" in refusal(capsys, 3, "generate", converted, "--prompt", "caf\udce9")

@@ -217,7 +217,7 @@ def test_the_command_line_tells_what_vllm_reserves(parent, capsys):
     assert rows[0]["kv_bytes"] > rows[2]["kv_bytes"]
     assert "plugin" not in facts["engine"]["reason"]
     assert "engine" not in answer(capsys, "plan", parent, *MIXED)
-    blocks = answer(capsys, "plan", parent, "--layout", "local", "--block", 8, "--engine", "vllm")["engine"]
+    blocks = answer(capsys, "plan", parent, "--layout", "local", "--block", 32, "--engine", "vllm")["engine"]
     assert "served through this package's plugin" in blocks["reason"]
 
 
@@ -225,6 +225,8 @@ def test_what_vllm_cannot_serve_is_refused(parent, capsys, tmp_path):
     assert "window:8:sinks=2 cannot be served by vLLM" in refusal(
         capsys, 3, "plan", parent, *MIXED, "--sinks", 2, "--engine", "vllm"
     )
+    line = refusal(capsys, 3, "plan", parent, "--layout", "local", "--block", 24, "--engine", "vllm")
+    assert "its blocks do not begin where pages of 16 tokens do" in line
     config_of("gpt_neo").save_pretrained(tmp_path)
     line = refusal(capsys, 3, "plan", tmp_path, "--layout", "local", "--window", 8, "--engine", "vllm")
     assert "vLLM cannot serve a converted gpt_neo: a gpt_neo cannot be exported for vLLM, which has no such" in line

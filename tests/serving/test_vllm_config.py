@@ -73,3 +73,9 @@ def test_transformers_auto_classes_refuse_it_and_other_processes_find_it(family)
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         AutoModelForCausalLM.from_config(config)
     assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+
+
+def test_positions_that_vllm_computes_otherwise_are_refused():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(InputError, match="RoPE of type 'dynamic' cannot be served by vLLM, .*: use masformer.load"):
+        ServedConfig.from_dict(written("llama", rope_parameters=rope))

@@ -187,6 +187,8 @@ def _generate(
         past_key_values=cache,
         max_new_tokens=new_tokens,
         num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
         streamer=streamer,
         return_dict_in_generate=True,
         **sampling,

@@ -26,6 +26,7 @@ from .convert import convert, is_converted, restore
 from .families import class_of, family_of, head_dim
 from .gpt_neo import with_attention_types
 from .proof import Proof, check_vllm, prove, prove_in_vllm, questions
+from .rope import refuse_for_vllm
 from .stock import answers
 from .tokenizer import has_tokenizer, load_tokenizer
 
@@ -39,11 +40,6 @@ TO_MINISTRAL = ("llama", "mistral", "ministral")
 QWEN = ("qwen2", "qwen3")
 MOVES_POSITIONS = ("cohere2", "exaone4", "gemma3_text", "olmo3", "smollm3")
 """Families whose layer types say which RoPE a layer has, or whether it has one."""
-VLLM_ROPE = {
-    "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-    "beta_fast", "beta_slow",
-}  # fmt: skip
-"""What vLLM's Llama reads of `rope_parameters` as transformers does, with the types default, linear, llama3, yarn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +183,7 @@ def _refuse_for_vllm(config: PreTrainedConfig) -> None:
         )
     if kind not in TO_MINISTRAL:
         raise InputError(f"a {kind} cannot be exported for vLLM, which has no such class: export it for transformers")
-    rope: dict[str, Any] = config.rope_parameters
-    odd = sorted(name for name, value in rope.items() if name not in VLLM_ROPE and value is not None)
-    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn") or odd:
-        what = f"{odd[0]} in its RoPE" if odd else f"RoPE of type {rope['rope_type']!r}"
-        raise InputError(
-            f"a model with {what} cannot be exported for vLLM, which computes it otherwise: export it for transformers"
-        )
+    refuse_for_vllm(config.rope_parameters, "export it for transformers")
 
 
 def _write(model: PreTrainedModel, native: PreTrainedConfig, folder: Path) -> None:

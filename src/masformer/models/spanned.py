@@ -97,9 +97,9 @@ class SpanModel(Front):
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a folder of model type `masformer`; see `masformer.models.config`."""
-        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what is about to be replaced
         with saved_as_converted(self.config, spans_on(self)):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what has been replaced
 
     def set_attn_implementation(self: Any, attn_implementation: Any, **kwargs: Any) -> None:
         if attn_implementation != NAME:

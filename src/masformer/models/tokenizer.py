@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
+from ..files import check_files
 from .checkpoint import refuse_own_code
 from .gguf import gguf_metadata, gguf_place, is_gguf
 
@@ -30,12 +31,14 @@ def load_tokenizer(source: str) -> Any:
 
     Raises:
         InputError: there is none, it cannot be read, or it needs its own code.
-        CorruptError: a GGUF file that is damaged.
+        CorruptError: a GGUF file that is damaged, or files that are not those that a conversion was saved with.
     """
     if is_gguf(source):
         return _gguf_tokenizer(source)
     if Path(source).is_dir() and not has_tokenizer(source):
         raise InputError(f"{source} holds no tokenizer: copy the tokenizer files of its parent there")
+    if Path(source).is_dir():
+        check_files(Path(source), *(file.name for pattern in TOKENIZER_FILES for file in Path(source).glob(pattern)))
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CorruptError, InputError
+from ..models.rope import refuse_for_vllm
 
 ARCHITECTURES = {
     "llama": "MasformerLlamaForCausalLM",
@@ -62,6 +63,7 @@ class ServedConfig(PreTrainedConfig):
             raise InputError(
                 f"a converted {kind} cannot be served by vLLM, only {', '.join(ARCHITECTURES)}: use masformer.load"
             )
+        refuse_for_vllm(parent.get("rope_parameters") or {}, "use masformer.load")
         # The plan says what every layer sees: nothing may be left that vLLM would give all layers.
         unset = {name: None for name in ("layer_types", "sliding_window") if name in parent or name == "sliding_window"}
         own = {
