@@ -77,5 +77,5 @@ def test_transformers_auto_classes_refuse_it_and_other_processes_find_it(family)
 
 def test_positions_that_vllm_computes_otherwise_are_refused():
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(InputError, match="RoPE of type 'dynamic' cannot be served by vLLM, .*: use masformer.load"):
+    with pytest.raises(InputError, match=r"RoPE of type 'dynamic' cannot be served by vLLM, .*: use masformer.load"):
         ServedConfig.from_dict(written("llama", rope_parameters=rope))
