@@ -283,10 +283,10 @@ def _engine(engine: str, config: Any, shape: ModelShape, plan: SpanPlan, length:
     if engine == "vllm":
         if refusal and config.model_type not in ARCHITECTURES:
             raise InputError(f"vLLM cannot serve a converted {config.model_type}: {refusal}")
-        refuse_for_vllm(getattr(config, "rope_parameters", None) or {}, "use masformer.load")
         if refusal:
-            _refuse_unaligned(plan)
-        rows = [reserved.vllm(shape, plan, length, settings) for settings in reserved.VLLM_DEFAULTS]
+            refuse_for_vllm(getattr(config, "rope_parameters", None) or {}, "use masformer.load")
+        fitting = _aligned(plan) if refusal else reserved.VLLM_DEFAULTS
+        rows = [reserved.vllm(shape, plan, length, settings) for settings in fitting]
         reason = reserved.vllm_reason(plan, plugin=bool(refusal))
     else:
         layers = DynamicCache(config=native).layers if native is not None else []
@@ -297,14 +297,15 @@ def _engine(engine: str, config: Any, shape: ModelShape, plan: SpanPlan, length:
     return {"name": engine, "reserved": [row.to_json() for row in rows], "reason": reason}
 
 
-def _refuse_unaligned(plan: SpanPlan) -> None:
-    """Refuse blocks that no default page of vLLM divides."""
+def _aligned(plan: SpanPlan) -> list[reserved.Vllm]:
+    """The defaults of vLLM whose pages divide all blocks; refused where there is none."""
     from .serving.batches import refuse_unaligned
 
-    smallest = min(settings.page for settings in reserved.VLLM_DEFAULTS)
-    for span in plan:
-        if isinstance(span, Block):
-            refuse_unaligned(span, smallest)
+    blocks = [span for span in plan if isinstance(span, Block)]
+    fitting = [it for it in reserved.VLLM_DEFAULTS if not any(block.size % it.page for block in blocks)]
+    for block in () if fitting else blocks:
+        refuse_unaligned(block, min(it.page for it in reserved.VLLM_DEFAULTS))
+    return fitting
 
 
 def engine_table(facts: dict[str, Any], length: int) -> Table:

@@ -98,7 +98,7 @@ def check_files(folder: Path, *names: str) -> None:
     Raises:
         CorruptError: a file that is missing or has other bytes than were written, or a damaged manifest.
     """
-    if not _is_ours(folder / MANIFEST):
+    if not is_ours(folder / MANIFEST):
         return
     try:
         recorded = read_manifest(folder)["files"]
@@ -113,7 +113,7 @@ def check_files(folder: Path, *names: str) -> None:
             raise CorruptError(f"{folder / name} is not what was written, {MANIFEST} has another SHA-256: {WAYS_OUT}")
 
 
-def _is_ours(file: Path) -> bool:
+def is_ours(file: Path) -> bool:
     """Whether a manifest, damaged or not, is one of a model's files; others may use the name for their own."""
     try:
         content = json.loads(file.read_bytes())
@@ -121,7 +121,7 @@ def _is_ours(file: Path) -> bool:
         return False
     except (ValueError, RecursionError):
         return True
-    return isinstance(content, dict) and "digest" in content and isinstance(content.get("files"), dict)
+    return isinstance(content, dict) and bool({"digest", "files"} & content.keys())
 
 
 def sync(folder: Path) -> None:

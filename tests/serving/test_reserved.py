@@ -219,6 +219,7 @@ def test_the_command_line_tells_what_vllm_reserves(parent, capsys):
     assert "engine" not in answer(capsys, "plan", parent, *MIXED)
     blocks = answer(capsys, "plan", parent, "--layout", "local", "--block", 32, "--engine", "vllm")["engine"]
     assert "served through this package's plugin" in blocks["reason"]
+    assert [row["engine"] for row in blocks["reserved"]] == [it.name for it in VLLM_DEFAULTS if it.page == 16]
 
 
 def test_what_vllm_cannot_serve_is_refused(parent, capsys, tmp_path):

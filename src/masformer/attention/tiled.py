@@ -17,6 +17,8 @@ from torch import Tensor
 
 ROWS = 128
 """Queries of a tile: fewer make products too small, more multiply more that nobody sees (docs/performance.md)."""
+MOST_SIZE = 2048
+"""Of a block or window: torch's kernel is better at wider ones, which are nearly full attention."""
 AT_ONCE = 2**20
 """Scores that exist at once, of a few chunks: they have to stay in the processor's cache."""
 
@@ -49,9 +51,11 @@ def hidden(mask: Tensor, dtype: torch.dtype) -> tuple[tuple[int, int, Tensor], .
             runs[-1][1] += 1
         else:
             runs.append([column, column + 1])
-    nothing = torch.zeros(len(mask), mask.shape[1], dtype=dtype)
-    nothing.masked_fill_(~mask, -torch.inf)
-    return tuple((low, high, nothing[:, low:high]) for low, high in runs)
+
+    def hides(low: int, high: int) -> Tensor:
+        return torch.zeros(len(mask), high - low, dtype=dtype).masked_fill_(~mask[:, low:high], -torch.inf)
+
+    return tuple((low, high, hides(low, high)) for low, high in runs)
 
 
 def is_fast(q: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention import Segments, UnsupportedSpan
-from ..files import MANIFEST
+from ..files import MANIFEST, is_ours
 from .cache import SpanCache
 from .config import saved_as_converted
 from .families import attention_modules, decoder_of, family_of, spans_on
@@ -99,7 +99,9 @@ class SpanModel(Front):
         """Write a folder of model type `masformer`; see `masformer.models.config`."""
         with saved_as_converted(self.config, spans_on(self)):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)  # of what has been replaced
+        manifest = Path(save_directory) / MANIFEST
+        if is_ours(manifest):  # of what has been replaced
+            manifest.unlink()
 
     def set_attn_implementation(self: Any, attn_implementation: Any, **kwargs: Any) -> None:
         if attn_implementation != NAME:

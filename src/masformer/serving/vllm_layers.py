@@ -139,8 +139,8 @@ class Spanned:
             raise InputError(f"the plan has {len(plan)} layers, the model has {layers}")
         for span in plan:
             vllm_span(span)  # refuses what vLLM cannot compute
-        if vllm_config.speculative_config is not None and any(isinstance(span, Block) for span in plan):
-            raise InputError("blocks are not served with speculative decoding: it was never tried")
+        if vllm_config.speculative_config is not None:
+            raise InputError("a conversion is not served with speculative decoding: it was never tried")
         parallel = vllm_config.parallel_config
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise InputError(
