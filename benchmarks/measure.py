@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved times, the machine, and the peak that it multiplies at."""
+"""What the benchmarks share: interleaved times, and what a result depends on."""
 
 from __future__ import annotations
 
@@ -25,17 +25,6 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], repetitions: int) ->
         name: {"median": statistics.median(found), "least": min(found), "most": max(found)}
         for name, found in times.items()
     }
-
-
-def matmul_peak(dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
-    """GFLOP/s of products of square matrices: the best of as many as fit into the time."""
-    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e9
 
 
 def machine() -> dict[str, Any]:

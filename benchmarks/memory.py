@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import subprocess
 import sys
 import time
@@ -97,14 +96,14 @@ def main() -> None:
     check()
     import torch
 
+    from .measure import machine
+
     print(
         f"forward and backward, {HEADS} heads, {KV_HEADS} key heads, dim {DIM}, fp32, {torch.get_num_threads()} threads"
     )
     results = [measure(span) for span in SPANS]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"commit": commit, **machine, "results": results}, indent=1) + "\n")
+    arguments.out.write_text(json.dumps({**machine(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

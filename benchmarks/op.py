@@ -28,8 +28,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from masformer.attention import attend
 from masformer.attention.reference import reference, visible
 from masformer.spans import Full, Span, Window, parse_span
+from masformer.training.meter import matmul_peak
 
-from .measure import interleaved, machine, matmul_peak
+from .measure import interleaved, machine
 
 HEADS, DIM, SIZE = 8, 64, 512
 OURS = ("block:512", "block:256:lookback=1", "window:512", "block:512:sinks=4", "window:512:sinks=4")
@@ -102,7 +103,7 @@ def run(op: Op, given: list[Tensor], up: Tensor | None) -> Any:
 
 def measure(length: int, dtype: torch.dtype, repetitions: int) -> list[dict[str, Any]]:
     given, up = made(length, dtype)
-    peak, rows = matmul_peak(dtype), []
+    peak, rows = matmul_peak(torch.device("cpu"), dtype) / 1e9, []
     chosen = ops(length)
     for what, grad in (("forward", None), ("forward and backward", up)):
         timed = {

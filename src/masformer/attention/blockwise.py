@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spans import Block, Full, Span, Window
+from ..spans import Block, Span, Window
 from .reference import visible
 from .softmax import Softmax
 from .tiled import MOST_SIZE, ROWS, Tile, hidden, is_fast, tiled
@@ -145,7 +145,7 @@ class Document:
         everything = self.span.start(self.end - 1) <= self.span.sinks
         if everything and self._at_once(self.q.shape[2]):
             return self._everything()
-        in_tiles = not isinstance(self.span, Full) and self._in_tiles()
+        in_tiles = self._in_tiles()
         parts = self._runs(self.start, self.end) if everything else self._parts(in_tiles)
         if in_tiles:
             tiles = tuple(tile for part in parts for tile in self._tiles(part))
@@ -233,9 +233,14 @@ class Document:
 
     def _in_tiles(self) -> bool:
         """Whether tiles do it faster than torch's kernel."""
-        assert isinstance(self.span, Block | Window)
-        fits = self.q.shape[2] > FEW_TOKENS and self.span.size <= MOST_SIZE
-        return fits and not self.softmax.dropout and not self.softmax.written_out and is_fast(self.q)
+        local = isinstance(self.span, Block | Window) and self.span.size <= MOST_SIZE
+        return (
+            local
+            and self.q.shape[2] > FEW_TOKENS
+            and not self.softmax.dropout
+            and not self.softmax.written_out
+            and is_fast(self.q)
+        )
 
     def _tiles(self, part: Part) -> Iterator[Tile]:
         """A part's chunks cut into tiles, each with the keys that any of its queries sees."""

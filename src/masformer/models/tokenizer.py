@@ -35,10 +35,11 @@ def load_tokenizer(source: str) -> Any:
     """
     if is_gguf(source):
         return _gguf_tokenizer(source)
-    if Path(source).is_dir() and not has_tokenizer(source):
-        raise InputError(f"{source} holds no tokenizer: copy the tokenizer files of its parent there")
     if Path(source).is_dir():
-        check_files(Path(source), *(file.name for pattern in TOKENIZER_FILES for file in Path(source).glob(pattern)))
+        files = _tokenizer_files(source)
+        if not files:
+            raise InputError(f"{source} holds no tokenizer: copy the tokenizer files of its parent there")
+        check_files(Path(source), *files)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a file that it cannot read
@@ -50,7 +51,11 @@ def has_tokenizer(source: str) -> bool:
     """Whether a folder holds any file of a tokenizer, or a GGUF file a tokenizer."""
     if is_gguf(source):
         return gguf_metadata(source)[0].get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
-    return any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES)
+    return bool(_tokenizer_files(source))
+
+
+def _tokenizer_files(folder: str) -> list[str]:
+    return [file.name for pattern in TOKENIZER_FILES for file in Path(folder).glob(pattern)]
 
 
 def _gguf_tokenizer(source: str) -> Any:

@@ -65,10 +65,8 @@ class ServedConfig(PreTrainedConfig):
             )
         refuse_for_vllm(parent.get("rope_parameters") or {}, "use masformer.load")
         # The plan says what every layer sees: nothing may be left that vLLM would give all layers.
-        unset = {name: None for name in ("layer_types", "sliding_window") if name in parent or name == "sliding_window"}
-        own = {
-            **parent,
-            **unset,
+        own = {name: value for name, value in parent.items() if name != "layer_types"} | {
+            "sliding_window": None,
             "architectures": [ARCHITECTURES[kind]],
             "dtype": config_dict.get("dtype", parent.get("dtype")),
             PLAN: plan,
