@@ -1,30 +1,12 @@
-"""What the benchmarks share: interleaved times, and what a result depends on."""
+"""What the results of all benchmarks depend on."""
 
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
-
-def interleaved(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds of each: median, least and most of so many rounds, in which all take turns; a first one warms up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repetitions + 1):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {
-        name: {"median": statistics.median(found), "least": min(found), "most": max(found)}
-        for name, found in times.items()
-    }
 
 
 def machine() -> dict[str, Any]:

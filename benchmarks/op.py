@@ -28,9 +28,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from masformer.attention import attend
 from masformer.attention.reference import reference, visible
 from masformer.spans import Full, Span, Window, parse_span
-from masformer.training.meter import matmul_peak
+from masformer.training.meter import interleaved, matmul_peak
 
-from .measure import interleaved, machine
+from .measure import machine
 
 HEADS, DIM, SIZE = 8, 64, 512
 OURS = ("block:512", "block:256:lookback=1", "window:512", "block:512:sinks=4", "window:512:sinks=4")

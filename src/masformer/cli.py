@@ -19,6 +19,7 @@ from rich.console import Console
 from .cli_eval import evaluate, report
 from .cli_export import export
 from .cli_generate import chat, generate
+from .cli_hardware import NAMES, check_hardware, hardware_table, seconds
 from .cli_model import Debug, Device, Json, Model, load_with_plan
 from .cli_output import (
     INTERRUPTED,
@@ -99,6 +100,10 @@ def plan(
         int | None, typer.Option(callback=at_least(1), help="Tokens of the document that is counted.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help=f"The KV it would reserve: {', '.join(ENGINES)}.")] = None,
+    hardware: Annotated[str | None, typer.Option(help=f"The time it would take: {', '.join(NAMES)}.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="By rates measured here, about a minute, not by a data sheet.")
+    ] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
     json: Json = False,
     debug: Debug = False,
@@ -112,6 +117,7 @@ def plan(
     if (model is None) == (layers is None):
         raise UsageError("give either MODEL or --layers")
     check_engine(engine, model)
+    check_hardware(hardware, calibrate, model)
     if layers is not None:
         if not flags.given & {"plan", "layout"}:
             raise UsageError("--layers needs --plan or --layout")
@@ -122,6 +128,8 @@ def plan(
     else:
         assert model is not None
         chosen, length, facts, costs = costed(model, flags, length, engine)
+        if hardware is not None:
+            facts["hardware"] = seconds(hardware, calibrate, model, chosen, length)
     if svg is not None:
         write_whole(svg, lambda path: path.write_text(plan_svg(chosen, length=length), encoding="utf-8"))
         facts["svg"] = str(svg)
@@ -138,6 +146,10 @@ def plan(
         if engine is not None:
             console.print(engine_table(facts["engine"], length))
             console.print(facts["engine"]["reason"], highlight=False, markup=False, soft_wrap=True)
+        if hardware is not None:
+            console.print(hardware_table(facts["hardware"], length))
+            if not calibrate:
+                print("No faster than this: the data sheet's rates, which no program reaches.")
         if facts["max_positions"] and length > facts["max_positions"]:
             print(f"Note: the model itself ends at {facts['max_positions']:,} positions.")
 

@@ -228,6 +228,20 @@ def shape_of(config: PreTrainedConfig, kv_dtype_bytes: int = 2) -> ModelShape:
     )
 
 
+def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The config of a model that has the first `layers` layers alone; what lists one entry per layer is cut, too."""
+    values, count = config.to_dict(), config.num_hidden_layers
+    for name, value in list(values.items()):
+        if isinstance(value, list) and len(value) == count and name != "architectures":
+            values[name] = value[:layers]
+    if config.model_type == "gpt_neo":
+        values["attention_types"] = [[[kind], 1] for kind in config.attention_layers[:layers]]
+    depth = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    short = type(config).from_dict({**values, depth: layers})
+    short.dtype = config.dtype
+    return short
+
+
 def _active(weight: nn.Parameter, config: PreTrainedConfig) -> int:
     """How many numbers of a weight one token meets: experts stand along the first of three dimensions."""
     return weight.numel() if weight.ndim < 3 else weight.numel() // weight.shape[0] * config.num_experts_per_tok

@@ -147,7 +147,8 @@ GPT_NEO_1_3B = ModelShape(
 """GPT-Neo 1.3B: MLP of 4 d, tied head (transformers models/gpt_neo/configuration_gpt_neo.py)."""
 
 
-def _check(shape: ModelShape, plan: SpanPlan, length: int) -> None:
+def check(shape: ModelShape, plan: SpanPlan, length: int) -> None:
+    """Refuse a plan for another number of layers, or a length below 1."""
     _positive("length", length)
     if len(plan) != shape.layers:
         raise PlanError(f"the plan is for {len(plan)} layers, the model has {shape.layers}")
@@ -193,7 +194,7 @@ def chunked_prefill_kv_peak(shape: ModelShape, plan: SpanPlan, length: int, chun
     Raises:
         PlanError: a plan for another number of layers; a length or chunk below 1.
     """
-    _check(shape, plan, length)
+    check(shape, plan, length)
     _positive("chunk", chunk)
     rest = length % chunk
     # A whole piece is outdone by the one that lies a common period of pieces and blocks later: the last ones suffice.
@@ -210,7 +211,7 @@ def cost(shape: ModelShape, plan: SpanPlan, length: int) -> PlanCost:
     Raises:
         PlanError: a plan for another number of layers, or a length below 1.
     """
-    _check(shape, plan, length)
+    check(shape, plan, length)
     pairs = sum(layers * span.visible_pairs(length) for span, layers in collections.Counter(plan).items())
     forward = shape.flops_per_pair * pairs
     linear, head = 2 * shape.linear_parameters, 2 * shape.head_parameters

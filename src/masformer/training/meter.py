@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,26 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device | None = None
+) -> dict[str, dict[str, float]]:
+    """Seconds of each: median, least and most of so many rounds, in which all take turns; a first one warms up."""
+    device = device or torch.device("cpu")
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repetitions + 1):
+        for name, function in functions.items():
+            _wait(device)
+            started = time.perf_counter()
+            function()
+            _wait(device)
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {
+        name: {"median": statistics.median(found), "least": min(found), "most": max(found)}
+        for name, found in times.items()
+    }
 
 
 def peak_memory(device: torch.device) -> int:
