@@ -42,24 +42,29 @@ MOST = {CAUSAL: 32_768, MASKED: 16_384, FLEX: 16_384}
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ops(length: int) -> dict[str, tuple[Op, Span]]:
-    """What is timed, by name, and the span that it computes."""
+def plain_ops() -> dict[str, tuple[Op, Span]]:
+    """What needs nothing but its inputs, by name, and the span that it computes."""
     found: dict[str, tuple[Op, Span]] = {
         CAUSAL: (functools.partial(F.scaled_dot_product_attention, is_causal=True), Full())
     }
     for text in OURS:
         found[text] = functools.partial(attend, span=parse_span(text)), parse_span(text)
-    window = Window(SIZE)
+    # Its exact windows count one token more than ours.
+    exact = {"causal": True, "use_rotary_pos_emb": False, "autopad": True, "window_size": SIZE}
+    found[WINDOWS] = LocalAttention(look_backward=1, exact_windowsize=True, **exact), Window(SIZE + 1)
+    found[BLOCKS] = LocalAttention(look_backward=0, **exact), parse_span("block:512")
+    return found
+
+
+def ops(length: int) -> dict[str, tuple[Op, Span]]:
+    """What is timed."""
+    found, window = plain_ops(), Window(SIZE)
     if length <= MOST[MASKED]:
         positions = torch.arange(length)
         mask = visible(window, positions, positions)
         found[MASKED] = functools.partial(F.scaled_dot_product_attention, attn_mask=mask), window
     if length <= MOST[FLEX]:
         found[FLEX] = flexible(length), window
-    # Its exact windows count one token more than ours.
-    exact = {"causal": True, "use_rotary_pos_emb": False, "autopad": True, "window_size": SIZE}
-    found[WINDOWS] = LocalAttention(look_backward=1, exact_windowsize=True, **exact), Window(SIZE + 1)
-    found[BLOCKS] = LocalAttention(look_backward=0, **exact), parse_span("block:512")
     return {name: op for name, op in found.items() if length <= MOST.get(name, length)}
 
 

@@ -1,4 +1,4 @@
-"""Measured rates: made for every family, finite, and right about what takes longer; accuracy is a benchmark's matter."""
+"""Measured rates: made for every family, finite, of the right spans; how good they are a benchmark tells."""
 
 import math
 from typing import Any
