@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spans import Span
+from . import varlen
 from .blockwise import Document
 from .segments import Piece, Segments, UnsupportedSpan
 from .softmax import Softmax
@@ -53,6 +54,8 @@ def attend(
     first = _first_held(q, k, span, segments)
     if first == 0:  # keys behind the last query are no token's: unused places of a preallocated buffer
         k, v = k[:, :, : segments.seen + segments.new], v[:, :, : segments.seen + segments.new]
+    if varlen.takes(q, k, v, span, segments, softmax):
+        return varlen.attend(q, k, v, span, segments, scale)
     if segments.pieces is None:
         _check_held(span, segments.seen, first)
         return Document(q, k, v, span, segments.seen, first, softmax).attend()
