@@ -38,10 +38,13 @@ format: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m tests.models.families_page > docs/families.md
 
+# On two cores two hours, most of them the whole models at 16k and 32k tokens; each command also stands alone.
 bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.op
+	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks.plots
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,8 +8,8 @@ own, so that its peak of memory is its own, and takes its turn while the others 
 programs answer the same short input: all full as the parent, windows as Ministral.
 
 Beside each time stands what `masformer plan --calibrate` predicts, from rates measured in the same run, and the
-speed-up that FLOPs (decoding: bytes of weights and cache) alone would give. What was measured is written after every
-group: the same command goes on where it was cut off.
+speed-up that FLOPs (decoding: bytes of weights and cache) alone would give. The file is written after every group;
+rows that are measured again take the place of those that are there, of the same machine.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def ids_of(length: int) -> torch.Tensor:
 
 def training(model: Any, length: int) -> Callable[[], dict[str, Any]]:
     """A step of AdamW with gradient checkpointing."""
-    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    model.train().activation_checkpointing_enable({"use_reentrant": False})
     optimizer, ids, head = torch.optim.AdamW(model.parameters()), ids_of(length), Head.of(model)
 
     def step() -> dict[str, Any]:
@@ -155,9 +155,9 @@ def serve(pipe: Any, program: str, what: str, length: int, dtype: torch.dtype) -
     model = made(program, dtype)
     WHAT[what](model, min(length, 256))()  # loads what a first step loads
     step = WHAT[what](model, length)
+    before = resident("VmRSS")
     pipe.send("ready")
     while pipe.recv() == "step":
-        before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
         started = time.perf_counter()
         facts = step()
@@ -165,10 +165,10 @@ def serve(pipe: Any, program: str, what: str, length: int, dtype: torch.dtype) -
         pipe.send({**facts, "seconds": seconds, "peak_bytes": resident("VmHWM") - before})
 
 
-def group(what: str, length: int, dtype: torch.dtype, repetitions: int) -> list[dict[str, Any]]:
+def group(programs: list[str], what: str, length: int, dtype: torch.dtype, repetitions: int) -> list[dict[str, Any]]:
     """All programs, turn by turn."""
     context = multiprocessing.get_context("spawn")
-    names = [name for name in PROGRAMS if length <= MOST.get((name, what), length)]
+    names = [name for name in programs if length <= MOST.get((name, what), length)]
     pipes, processes = {}, []
     for name in names:
         pipes[name], far = context.Pipe()
@@ -257,28 +257,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default=",".join(WHAT))
     parser.add_argument("--lengths", default="8192,16384,32768")
+    parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument("--dtype", default="bfloat16" if has_bf16() else "float32", help="as the processor has it")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model.json"))
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
+    programs = [name for name in PROGRAMS if name in given.programs.split(",")]
+    if PARENT not in programs:
+        parser.error(f"--programs needs {PARENT}, which the others are compared with")
     check()
-    about = {**machine(), "dtype": given.dtype}
-    results: dict[str, Any] = {**about, "rates": None, "results": []}
-    before = json.loads(given.out.read_text()) if given.out.exists() else {}
-    if {**before, **about} == before:
-        results = before
+    about = machine()
+    commit, about["dtype"] = about.pop("commit"), given.dtype
+    results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
+    if {**results, **about} != results:  # of another machine
+        results = {**about, "rates": {}, "results": []}
     rates = calibrate(config_of(PARENT, dtype), SpanPlan(tuple({*PLANS["blocks"], *PLANS["windows"]})))
-    results["rates"] = rates.to_json()
-    done = {(each["what"], each["length"]) for each in results["results"]}
+    results["rates"][commit] = rates.to_json()
     for what in given.what.split(","):
         for length in map(int, given.lengths.split(",")):
-            if (what, length) in done:
-                continue
-            rows = group(what, length, dtype, given.repetitions)
+            rows = [{**row, "commit": commit} for row in group(programs, what, length, dtype, given.repetitions)]
             predicted(rows, rates, dtype)
             show(rows)
-            results["results"] += rows
+            others = [row for row in results["results"] if (row["what"], row["length"]) != (what, length)]
+            results["results"] = others + rows
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(results, indent=1) + "\n")
 

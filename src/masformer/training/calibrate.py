@@ -34,8 +34,10 @@ from .meter import interleaved
 
 LENGTH = 4096
 """Tokens of what is timed, where the model has as many positions."""
-REPETITIONS, STEPS = 3, 16
-"""Turns of each measurement; tokens that are decoded in a turn."""
+REPETITIONS, STEPS = 3, 8
+"""Turns of each measurement; tokens that are decoded, the first to warm up."""
+OTHERS = 2**26
+"""Numbers, 256 MiB, that no processor's cache holds."""
 LEAST = 0.01
 """Least share of a layer's time that a part of it is taken to have: differences below drown in noise."""
 
@@ -110,6 +112,7 @@ class _Bench:
         self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
         self.sizes = config.num_attention_heads, shape_of(config).kv_heads, head_dim(config)
         self.models = {layers: self._made(config, layers) for layers in (1, 2)}
+        self.others = torch.zeros(OTHERS, device=device)
         self.ids = torch.randint(0, min(1000, config.vocab_size), (1, length), device=device)
 
     def _made(self, config: PreTrainedConfig, layers: int) -> Any:
@@ -170,14 +173,16 @@ class _Bench:
             caches[layers] = SpanCache(spans_on(model))
             model.eval().base_model(input_ids=self.ids[:, :held], past_key_values=caches[layers])
 
-        def steps(layers: int) -> None:
-            for _ in range(count):
-                self.models[layers].base_model(input_ids=self.ids[:, :1], past_key_values=caches[layers])
+        def step(layers: int) -> None:
+            self.models[layers].base_model(input_ids=self.ids[:, :1], past_key_values=caches[layers])
 
-        count = STEPS // (REPETITIONS + 1)  # one turn warms up
-        turns = {str(layers): functools.partial(steps, layers) for layers in self.models}
-        found = interleaved(turns, REPETITIONS, self.device)
-        return max(found["2"]["median"] - found["1"]["median"], 1e-9) / count
+        turns = {str(layers): functools.partial(step, layers) for layers in self.models}
+        found = interleaved(turns, STEPS - 1, self.device, before=self._forget)
+        return max(found["2"]["median"] - found["1"]["median"], 1e-9)
+
+    def _forget(self) -> None:
+        """Put other numbers into the processor's cache: two layers stay there, all layers of a model do not."""
+        self.others += 1
 
     def head(self, parameters: int) -> Work:
         """Of all tokens with their loss, and of one token."""
@@ -190,7 +195,7 @@ class _Bench:
                 return head(hidden[:, :1])
 
         turns = {"all": lambda: chunked_loss(hidden, self.ids, head, total=1.0).loss.backward(), "one": one}
-        found = interleaved(turns, REPETITIONS, self.device)
+        found = interleaved(turns, REPETITIONS, self.device, before=self._forget)
         seconds = found["one"]["median"]
         learnt = 6 * parameters * self.length / found["all"]["median"]
         return Work(2 * parameters / seconds, learnt, self.dtype.itemsize * parameters / seconds)

@@ -46,13 +46,22 @@ def _wait(device: torch.device) -> None:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device | None = None
+    functions: Mapping[str, Callable[[], Any]],
+    repetitions: int,
+    device: torch.device | None = None,
+    *,
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each: median, least and most of so many rounds, in which all take turns; a first one warms up."""
+    """Seconds of each: median, least and most of so many rounds, in which all take turns; a first one warms up.
+
+    Args:
+        before: called before each, outside of its time.
+    """
     device = device or torch.device("cpu")
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repetitions + 1):
         for name, function in functions.items():
+            before()
             _wait(device)
             started = time.perf_counter()
             function()
