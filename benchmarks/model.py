@@ -272,10 +272,11 @@ def main() -> None:
     results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {}
     if {**results, **about} != results:  # of another machine
         results = {**about, "rates": {}, "results": []}
-    rates = calibrate(config_of(PARENT, dtype), SpanPlan(tuple({*PLANS["blocks"], *PLANS["windows"]})))
-    results["rates"][commit] = rates.to_json()
-    for what in given.what.split(","):
-        for length in map(int, given.lengths.split(",")):
+    for length in map(int, given.lengths.split(",")):
+        both = SpanPlan(tuple({*PLANS["blocks"], *PLANS["windows"]}))
+        rates = calibrate(config_of(PARENT, dtype), both, context=length)
+        for what in given.what.split(","):
+            results["rates"][f"{what}, {length}"] = rates.to_json()
             rows = [{**row, "commit": commit} for row in group(programs, what, length, dtype, given.repetitions)]
             predicted(rows, rates, dtype)
             show(rows)

@@ -49,18 +49,18 @@ def seconds(hardware: str, calibrate: bool, model: str, plan: SpanPlan, length: 
     from .models.families import native_plan, shape_of
 
     config, _ = load_config(model)
-    rates = _measured(config, plan, hardware) if calibrate else HARDWARE[hardware]
+    rates = _measured(config, plan, length, hardware) if calibrate else HARDWARE[hardware]
     shape = shape_of(config, kv_dtype_bytes=getattr(config.dtype, "itemsize", 2))
     parent, planned = (predict(shape, each, length, rates) for each in (native_plan(config), plan))
     facts = {"name": rates.name, "calibrated": calibrate, "rates": rates.to_json()}
     return {**facts, "parent": parent.to_json(), "planned": planned.to_json()}
 
 
-def _measured(config: Any, plan: SpanPlan, hardware: str) -> Rates:
+def _measured(config: Any, plan: SpanPlan, length: int, hardware: str) -> Rates:
     from .training.calibrate import calibrate
 
     device = "cpu" if hardware == "cpu" else "cuda"
-    return calibrate(config, plan, device=device, progress=lambda words: say(f"timing {words}"))
+    return calibrate(config, plan, context=length, device=device, progress=lambda words: say(f"timing {words}"))
 
 
 def hardware_table(facts: dict[str, Any], length: int) -> Table:

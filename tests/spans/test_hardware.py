@@ -25,6 +25,7 @@ RATES = Rates(
     head=Work(forward=10.0, training=5.0, decode=4.0),
     attention={Full(): Work(8.0, 4.0, 2.0), Window(2): Work(2.0, 1.0, 0.5)},
     updates=600.0,
+    start=7.0,
 )
 
 
@@ -36,7 +37,7 @@ def test_by_hand():
     assert found.prefill == pytest.approx(forward + 2 * 80 / 10)
     assert found.training == pytest.approx(learnt)
     assert found.recomputed == pytest.approx(learnt + forward)
-    assert found.decode == pytest.approx(2 * 1000 / 20 + 2 * 80 / 4 + 3 * 16 / 2 + 1 * 16 / 0.5)
+    assert found.decode == pytest.approx(7 + 2 * 1000 / 20 + 2 * 80 / 4 + 3 * 16 / 2 + 1 * 16 / 0.5)
 
 
 @pytest.mark.parametrize("name", HARDWARE)

@@ -58,5 +58,5 @@ def test_no_more_tokens_than_positions():
 def test_the_model_has_the_configs_own_type():
     config = config_of("llama")
     config.dtype = torch.bfloat16
-    bench = module._Bench(config, 32, torch.device("cpu"))
+    bench = module._Bench(config, 32, 32, torch.device("cpu"))
     assert {parameter.dtype for parameter in bench.models[2].parameters()} == {torch.bfloat16}

@@ -41,6 +41,7 @@ class Rates:
     head: the output head; in training with the loss.
     attention: useful FLOPs, those of visible pairs alone, by span; `every` stands for spans that are not listed.
     updates: parameters that the optimizer updates per second.
+    start: seconds of what a decoding step does once, whatever it reads.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Rates:
     head: Work
     attention: Mapping[Span, Work]
     updates: float
+    start: float = 0.0
     every: Work | None = None
 
     def of(self, span: Span) -> Work:
@@ -62,17 +64,17 @@ class Rates:
         return work
 
     def to_json(self) -> dict[str, Any]:
-        """FLOPs, bytes and parameters per second."""
+        """FLOPs, bytes and parameters per second; `start` in seconds."""
         attention = {str(span): work.to_json() for span, work in self.attention.items()}
         attention |= {} if self.every is None else {"every": self.every.to_json()}
         parts = {"linear": self.linear.to_json(), "head": self.head.to_json(), "attention": attention}
-        return {**parts, "updates": self.updates}
+        return {**parts, "updates": self.updates, "start": self.start}
 
 
 def _sheet(name: str, flops: float, bandwidth: float) -> Rates:
     every = Work(flops, flops, bandwidth)
     # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient: 7 float32 numbers.
-    return Rates(name, every, every, {}, bandwidth / 28, every)
+    return Rates(name, every, every, {}, bandwidth / 28, every=every)
 
 
 HARDWARE = {
@@ -111,7 +113,7 @@ def predict(shape: ModelShape, plan: SpanPlan, length: int, rates: Rates) -> Sec
     linear, head = 2 * shape.linear_parameters * length, 2 * shape.head_parameters
     forward = linear / rates.linear.forward
     training = 3 * linear / rates.linear.training
-    decode = shape.kv_dtype_bytes * shape.linear_parameters / rates.linear.decode
+    decode = rates.start + shape.kv_dtype_bytes * shape.linear_parameters / rates.linear.decode
     for span, layers in collections.Counter(plan).items():
         work, flops = rates.of(span), layers * shape.flops_per_pair * span.visible_pairs(length)
         forward += flops / work.forward

@@ -14,14 +14,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..attention import attend
+from ..attention import Segments, attend
 from ..models.cache import SpanCache
 from ..models.convert import convert
 from ..models.families import class_of, head_dim, native_plan, shape_of, shortened, spans_on
@@ -47,20 +47,24 @@ def calibrate(
     plan: SpanPlan,
     *,
     length: int = LENGTH,
+    context: int = LENGTH,
     device: str = "cpu",
     progress: Callable[[str], Any] = lambda words: None,
 ) -> Rates:
     """Rates of this machine for the model that a config describes, in its own dtype, with its own spans and a plan's.
 
     Args:
-        length: tokens of what is timed; at most as many as the model has positions.
+        length: tokens that are learnt and prefilled; at most as many as the model has positions.
+        context: tokens in the cache while one more is decoded: a cache that grows is copied, at a rate that depends
+            on its size. Its keys are random.
         progress: called with a few words before each measurement.
 
     Raises:
         InputError: a family that is not supported.
     """
     length = min(length, max_positions(config) or length)
-    bench, shape = _Bench(config, length, torch.device(device)), shape_of(config)
+    context = min(context, max_positions(config) or context)
+    bench, shape = _Bench(config, length, context, torch.device(device)), shape_of(config)
     spans = sorted(set(plan) | set(native_plan(config)), key=lambda span: span.visible_pairs(length))
     layers: dict[Span, _Times] = {}
     for span in spans:
@@ -71,7 +75,7 @@ def calibrate(
     attention = {}
     for span in spans:
         times, flops = layers[span].less(rest), shape.flops_per_pair * span.visible_pairs(length)
-        held = 2 * shape.kv_heads * shape.head_dim * bench.dtype.itemsize * max(1, span.cache_length(length - 1))
+        held = 2 * shape.kv_heads * shape.head_dim * bench.dtype.itemsize * max(1, span.cache_length(bench.held))
         attention[span] = Work(flops / times.forward, 3 * flops / times.training, held / times.decode)
     progress("the head and the optimizer")
     return Rates(
@@ -84,6 +88,7 @@ def calibrate(
         head=bench.head(shape.head_parameters),
         attention=attention,
         updates=bench.updates(),
+        start=bench.start(spans[0]),
     )
 
 
@@ -107,8 +112,9 @@ class _Times:
 class _Bench:
     """Models of one and of two layers, the difference of whose times is that of a layer."""
 
-    def __init__(self, config: PreTrainedConfig, length: int, device: torch.device) -> None:
+    def __init__(self, config: PreTrainedConfig, length: int, context: int, device: torch.device) -> None:
         self.length, self.device = length, device
+        self.held = max(1, context - STEPS)
         self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
         self.sizes = config.num_attention_heads, shape_of(config).kv_heads, head_dim(config)
         self.models = {layers: self._made(config, layers) for layers in (1, 2)}
@@ -122,18 +128,16 @@ class _Bench:
             return class_of(short)(copy.deepcopy(short)).to(self.dtype)
 
     def layer(self, span: Span) -> _Times:
-        for layers, model in self.models.items():
-            convert(model, SpanPlan((span,) * layers), check=False)
+        self._carry(span)
         return _Times(
-            self._seconds(self._forward, self.length),
-            self._seconds(self._backward, self.length),
-            self._decode(self.length - STEPS),
+            self._seconds(self._forward),
+            self._seconds(self._backward),
+            self._layer_of(self._decode(self.held)),
         )
 
     def attention(self, span: Span) -> _Times:
-        """Of a layer's attention alone; the models carry this span."""
-        for layers, model in self.models.items():
-            convert(model, SpanPlan((span,) * layers), check=False)
+        """Of a layer's attention alone."""
+        self._carry(span)
         heads, kv_heads, dim = self.sizes
         q, k, v = (
             torch.randn(1, self.length, n, dim, device=self.device, dtype=self.dtype).transpose(1, 2).requires_grad_()
@@ -148,37 +152,57 @@ class _Bench:
             torch.autograd.grad(attend(q, k, v, span).sum(), (q, k, v))
 
         found = interleaved({"forward": forward, "backward": backward}, REPETITIONS, self.device)
-        beside = self._decode(self.length - STEPS) - self._decode(1)
+        beside = self._layer_of(self._decode(self.held)) - self._layer_of(self._decode(1))
         return _Times(found["forward"]["median"], found["backward"]["median"], max(beside, 0.0))
 
-    def _seconds(self, run: Callable[[Any, int], Any], tokens: int) -> float:
-        """Of one layer, when every model takes its turn."""
-        turns = {str(layers): functools.partial(run, model, tokens) for layers, model in self.models.items()}
-        found = interleaved(turns, REPETITIONS, self.device)
-        return max(found["2"]["median"] - found["1"]["median"], 1e-9)
+    def start(self, span: Span) -> float:
+        """Seconds of what a decoding step does once, beside its layers and the head."""
+        self._carry(span)
+        times = self._decode(1)
+        return max(times[1] - self._layer_of(times), 0.0)
 
-    @torch.no_grad()
-    def _forward(self, model: Any, tokens: int) -> None:
-        model.eval().base_model(input_ids=self.ids[:, :tokens], use_cache=False)
-
-    def _backward(self, model: Any, tokens: int) -> None:
-        model.train().zero_grad(set_to_none=True)
-        model.base_model(input_ids=self.ids[:, :tokens], use_cache=False).last_hidden_state.sum().backward()
-
-    @torch.no_grad()
-    def _decode(self, held: int) -> float:
-        """Seconds of one layer for one token, with so many tokens before it."""
-        caches: dict[int, Any] = {}
+    def _carry(self, span: Span) -> None:
         for layers, model in self.models.items():
-            caches[layers] = SpanCache(spans_on(model))
-            model.eval().base_model(input_ids=self.ids[:, :held], past_key_values=caches[layers])
+            convert(model, SpanPlan((span,) * layers), check=False)
+
+    def _layer_of(self, times: Mapping[int, float]) -> float:
+        return max(times[2] - times[1], 1e-9)
+
+    def _seconds(self, run: Callable[[Any], Any]) -> float:
+        """Of one layer, when every model takes its turn."""
+        turns = {str(layers): functools.partial(run, model) for layers, model in self.models.items()}
+        found = interleaved(turns, REPETITIONS, self.device)
+        return self._layer_of({layers: found[str(layers)]["median"] for layers in self.models})
+
+    @torch.no_grad()
+    def _forward(self, model: Any) -> None:
+        model.eval().base_model(input_ids=self.ids, use_cache=False)
+
+    def _backward(self, model: Any) -> None:
+        model.train().zero_grad(set_to_none=True)
+        model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state.sum().backward()
+
+    @torch.no_grad()
+    def _decode(self, held: int) -> dict[int, float]:
+        """Seconds for one token of the models of one and of two layers, with so many tokens before it."""
+        caches = {layers: self._filled(model.eval(), held) for layers, model in self.models.items()}
 
         def step(layers: int) -> None:
             self.models[layers].base_model(input_ids=self.ids[:, :1], past_key_values=caches[layers])
 
         turns = {str(layers): functools.partial(step, layers) for layers in self.models}
         found = interleaved(turns, STEPS - 1, self.device, before=self._forget)
-        return max(found["2"]["median"] - found["1"]["median"], 1e-9)
+        return {layers: found[str(layers)]["median"] for layers in self.models}
+
+    def _filled(self, model: Any, held: int) -> SpanCache:
+        """A cache as `held` tokens leave it."""
+        cache = SpanCache(spans_on(model))
+        cache.timeline.segments = Segments.of(1, held)
+        for layer in range(len(cache.layers)):
+            _, kv_heads, dim = self.sizes
+            keys, values = (torch.randn(1, kv_heads, held, dim, device=self.device, dtype=self.dtype) for _ in range(2))
+            cache.update(keys, values, layer)
+        return cache
 
     def _forget(self) -> None:
         """Put other numbers into the processor's cache: two layers stay there, all layers of a model do not."""
