@@ -8,7 +8,7 @@
    count the pairs of query and key that are seen. "without varlen" is what attention was before it used that kernel.
 3. A training step, batch 1, random tokens and weights: forward, backward with gradient checkpointing, AdamW, as
    `masformer train` does it: bfloat16 autocast, float32 weights, the loss by chunks. The parent of GPT-Neo is all its
-   layers full on torch's kernels, since transformers computes GPT-Neo's attention in the open alone, which is measured
+   layers full on torch's kernels, since transformers computes GPT-Neo's attention eagerly alone, which is measured
    beside it as far as it goes. Beside each speed-up stands the one that `spans.cost` counts from FLOPs.
 
 Times are medians between CUDA events. What does not fit into memory, or into the time that is left, is recorded as
@@ -48,7 +48,7 @@ from .record import Measured, Record, free, say, seconds, summary, timed
 
 KINDS = ("block:{}", "block:{}:lookback=1", "block:{}:sinks=4", "window:{}", "window:{}:sinks=4", "full")
 CAUSAL, WITHOUT = "SDPA, causal, flash", "{}, without varlen"
-OWN = "transformers' own"
+OWN, PARENT = "transformers' own", "parent"
 MOST_OWN = 8192
 """Longest input of GPT-Neo as transformers computes it: every layer holds its scores."""
 FLOORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
@@ -256,7 +256,7 @@ def plans(
     """What is measured at a length, the parent first; None is the model as transformers has it."""
     neo = name.startswith("GPT-Neo")
     if not neo:
-        yield "parent", None
+        yield PARENT, None
     for count in counts:
         label = f"{count} full"
         yield label, layout("masformer", layers, full=count, local=Block(size))
@@ -287,7 +287,7 @@ def measure_training(record: Record, sizes: Sizes, device: torch.device) -> None
                 if "seconds" in found:
                     took = found["seconds"]["median"]
                     counted, full = (cost(shape, p, length) for p in (plan or whole, whole))
-                    parent = took if parent is None and (plan is None or plan == whole) else parent
+                    parent = took if label in (PARENT, f"{layers} full") and parent is None else parent
                     found |= {
                         "tokens_per_second": length / took,
                         "mfu": counted.training_flops.total / took / record.results["peak_flops"],

@@ -8,8 +8,8 @@ own, so that the peak of memory is its own, and takes its turn while the others 
 programs answer the same short input: all full as the parent, windows as Ministral.
 
 Beside each time stands what `masformer plan --calibrate` predicts, from rates measured in the same run, and the
-speed-up that FLOPs (decoding: bytes of weights and cache) alone would give. The file is written after every group;
-rows that are measured again take the place of those that are there, of the same machine.
+speed-up that FLOPs (decoding: bytes of weights and cache) alone would give. The file is written after every group,
+whose rows take the place of those that are there; of another machine, of all.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def group(programs: list[str], what: str, length: int, dtype: torch.dtype, repet
         pipes[name], far = context.Pipe()
         processes.append(context.Process(target=serve, args=(far, name, what, length, dtype), daemon=True))
         processes[-1].start()
+        far.close()  # so that a program that dies is noticed
         pipes[name].recv()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     started = time.perf_counter()

@@ -102,7 +102,7 @@ def plan(
     engine: Annotated[str | None, typer.Option(help=f"The KV it would reserve: {', '.join(ENGINES)}.")] = None,
     hardware: Annotated[str | None, typer.Option(help=f"The time it would take: {', '.join(NAMES)}.")] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="By rates measured here, about a minute, not by a data sheet.")
+        bool, typer.Option("--calibrate", help="By rates measured here, in minutes, not by a data sheet.")
     ] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
     json: Json = False,
@@ -149,7 +149,9 @@ def plan(
         if hardware is not None:
             console.print(hardware_table(facts["hardware"], length))
             if not calibrate:
-                print("No faster than this: the data sheet's rates, which no program reaches.")
+                print(
+                    "By the data sheet's rates, which no program reaches: --calibrate measures those of this machine."
+                )
         if facts["max_positions"] and length > facts["max_positions"]:
             print(f"Note: the model itself ends at {facts['max_positions']:,} positions.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.table import Table
@@ -39,28 +40,35 @@ def _refuse_absent(hardware: str) -> None:
     import torch
 
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    if hardware.upper() not in found:
+    if not re.search(rf"\b{hardware.upper()}\b", found):
         raise UsageError(f"--calibrate measures this machine, which has {found}: leave it out, or name cpu")
 
 
 def seconds(hardware: str, calibrate: bool, model: str, plan: SpanPlan, length: int) -> dict[str, Any]:
     """What a model takes by itself and with the plan, for `--json`."""
     from .models.checkpoint import load_config
-    from .models.families import native_plan, shape_of
+    from .models.families import dtype_of, native_plan, shape_of
 
     config, _ = load_config(model)
     rates = _measured(config, plan, length, hardware) if calibrate else HARDWARE[hardware]
-    shape = shape_of(config, kv_dtype_bytes=getattr(config.dtype, "itemsize", 2))
+    shape = shape_of(config, kv_dtype_bytes=dtype_of(config).itemsize)
     parent, planned = (predict(shape, each, length, rates) for each in (native_plan(config), plan))
     facts = {"name": rates.name, "calibrated": calibrate, "rates": rates.to_json()}
     return {**facts, "parent": parent.to_json(), "planned": planned.to_json()}
 
 
 def _measured(config: Any, plan: SpanPlan, length: int, hardware: str) -> Rates:
-    from .training.calibrate import calibrate
+    from .training.calibrate import LENGTH, calibrate
 
     device = "cpu" if hardware == "cpu" else "cuda"
-    return calibrate(config, plan, context=length, device=device, progress=lambda words: say(f"timing {words}"))
+    return calibrate(
+        config,
+        plan,
+        length=min(LENGTH, length),
+        context=length,
+        device=device,
+        progress=lambda words: say(f"timing {words}"),
+    )
 
 
 def hardware_table(facts: dict[str, Any], length: int) -> Table:

@@ -62,14 +62,14 @@ def is_fast(q: Tensor) -> bool:
     """Whether this processor multiplies such tensors in batches at speed."""
     if q.device.type != "cpu" or type(q) is not Tensor or torch.compiler.is_compiling():
         return False  # other kinds of tensors, as fake or distributed ones, have no strides to read by
-    dtype = _computed_in(q)
+    dtype = computed_in(q)
     return dtype in (torch.float32, torch.float64) or (dtype == torch.bfloat16 and has_bf16())
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
     """Autocast has torch's own kernel compute in its type; float64 it leaves alone."""
-    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return torch.get_autocast_dtype("cpu") if casts else x.dtype
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def has_bf16() -> bool:
@@ -85,7 +85,7 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, tiles: tuple[Tile, ...], scale: float
         tiles: every query once.
         scale: factor of the scores.
     """
-    q, k, v = (x.to(_computed_in(x)) for x in (q, k, v))
+    q, k, v = (x.to(computed_in(x)) for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
         out: Tensor = Tiled.apply(q, k, v, tiles, scale)
     return out

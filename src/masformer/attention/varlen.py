@@ -19,9 +19,10 @@ from torch import Tensor
 from ..spans import Block, Full, Span, Window
 from .segments import Segments
 from .softmax import Softmax
+from .tiled import computed_in
 
 LEAST_BLOCK = 64
-"""Of a span: smaller blocks fill no tile of the kernel, whose backward pass holds 128 rows more for each sequence."""
+"""Size of the smallest block: others fill no tile of the kernel, whose backward pass holds 128 rows more for each."""
 MOST_SEQUENCES = 65_535
 """In one call: a dimension of the kernel's grid."""
 MOST_DIM = 256
@@ -82,7 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, span: Span, segments: Segments, scal
     settings: dict[str, Any] = {"scale": scale, "window_size": _window(span)}
     if heads != k.shape[1] and "enable_gqa" in known:
         settings["enable_gqa"] = True
-    q, k, v = (found.pack(x.to(_computed_in(x))) for x in (q, k, v))
+    q, k, v = (found.pack(x.to(computed_in(x))) for x in (q, k, v))
     out: Tensor = compute(q, k, v, found.edges, found.edges, found.longest, found.longest, **settings)
     return found.unpack(out, batch, tokens)
 
@@ -145,17 +146,12 @@ def _is_fast(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _has_kernel(q.device)
+        and torch.backends.cuda.flash_sdp_enabled()  # torch's own switch, which its `sdpa_kernel` turns, too
         and all(type(x) is Tensor for x in (q, k, v))  # other kinds, as distributed ones, are not the kernel's
-        and {_computed_in(x) for x in (q, k, v)} in ({torch.float16}, {torch.bfloat16})
+        and {computed_in(x) for x in (q, k, v)} in ({torch.float16}, {torch.bfloat16})
         and v.shape[3] == dim <= MOST_DIM
         and dim % 8 == 0
     )
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    """Autocast does not know the kernel: its type is taken by hand, as torch's own attention takes it."""
-    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 @functools.lru_cache(maxsize=16)

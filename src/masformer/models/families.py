@@ -145,6 +145,11 @@ def refuse_spread(model: PreTrainedModel, verb: str) -> None:
         )
 
 
+def dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """The type of a model's weights, torch's default where its config does not say."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
+
+
 def head_dim(config: PreTrainedConfig) -> int:
     """Width of a query head and of a key head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -232,7 +237,7 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config of a model that has the first `layers` layers alone; what lists one entry per layer is cut, too."""
     values, count = config.to_dict(), config.num_hidden_layers
     for name, value in list(values.items()):
-        if isinstance(value, list) and len(value) == count and name != "architectures":
+        if isinstance(value, list) and len(value) == count and not name.endswith(("_token_id", "architectures")):
             values[name] = value[:layers]
     if config.model_type == "gpt_neo":
         values["attention_types"] = [[[kind], 1] for kind in config.attention_layers[:layers]]

@@ -11,7 +11,6 @@ length, layers unlike the first two, and memory that does not suffice.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -21,11 +20,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..attention import Segments, attend
+from ..attention import Segments
+from ..errors import InputError
 from ..models.cache import SpanCache
 from ..models.convert import convert
-from ..models.families import class_of, head_dim, native_plan, shape_of, shortened, spans_on
+from ..models.families import (
+    attention_modules,
+    class_of,
+    dtype_of,
+    head_dim,
+    native_plan,
+    shape_of,
+    shortened,
+    spans_on,
+)
 from ..models.head import Head
+from ..models.interface import watched
 from ..models.positions import max_positions
 from ..spans import Span, SpanPlan
 from ..spans.hardware import Rates, Work
@@ -51,7 +61,10 @@ def calibrate(
     device: str = "cpu",
     progress: Callable[[str], Any] = lambda words: None,
 ) -> Rates:
-    """Rates of this machine for the model that a config describes, in its own dtype, with its own spans and a plan's.
+    """Rates of this machine for the model that a config describes, with its own spans and a plan's.
+
+    Prefill and decoding are timed in the config's own dtype; training, as `masformer train` does it, with float32
+    weights, under bfloat16 autocast if the config's dtype is a half one.
 
     Args:
         length: tokens that are learnt and prefilled; at most as many as the model has positions.
@@ -60,7 +73,7 @@ def calibrate(
         progress: called with a few words before each measurement.
 
     Raises:
-        InputError: a family that is not supported.
+        InputError: a family that is not supported, a model of one layer.
     """
     length = min(length, max_positions(config) or length)
     context = min(context, max_positions(config) or context)
@@ -113,47 +126,61 @@ class _Bench:
     """Models of one and of two layers, the difference of whose times is that of a layer."""
 
     def __init__(self, config: PreTrainedConfig, length: int, context: int, device: torch.device) -> None:
+        if config.num_hidden_layers < 2:
+            raise InputError("a model of one layer cannot be calibrated: two are compared")
         self.length, self.device = length, device
         self.held = max(1, context - STEPS)
-        self.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.get_default_dtype()
-        self.sizes = config.num_attention_heads, shape_of(config).kv_heads, head_dim(config)
-        self.models = {layers: self._made(config, layers) for layers in (1, 2)}
+        self.dtype = dtype_of(config)
+        self.sizes = shape_of(config).kv_heads, head_dim(config)
+        self.models = {layers: self._made(config, layers, self.dtype) for layers in (1, 2)}
+        self.learners = self.models
+        if self.dtype != torch.float32:
+            self.learners = {layers: self._made(config, layers, torch.float32) for layers in (1, 2)}
         self.others = torch.zeros(OTHERS, device=device)
         self.ids = torch.randint(0, min(1000, config.vocab_size), (1, length), device=device)
 
-    def _made(self, config: PreTrainedConfig, layers: int) -> Any:
+    def _made(self, config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> Any:
         short = shortened(config, layers)
         short._attn_implementation = "eager"  # a conversion's is none to build a model with
-        with torch.random.fork_rng(devices=[]), torch.device(self.device):
-            return class_of(short)(copy.deepcopy(short)).to(self.dtype)
+        with torch.device(self.device):
+            return class_of(short)(short).to(dtype)
+
+    def _learning(self) -> Any:
+        """As `masformer train` does it: float32 weights, autocast for what is kept in half precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype != torch.float32)
 
     def layer(self, span: Span) -> _Times:
         self._carry(span)
         return _Times(
-            self._seconds(self._forward),
-            self._seconds(self._backward),
+            self._seconds(self.models, self._forward),
+            self._seconds(self.learners, self._backward),
             self._layer_of(self._decode(self.held)),
         )
 
     def attention(self, span: Span) -> _Times:
-        """Of a layer's attention alone."""
+        """Of a layer's attention alone, with the queries, keys and softmax that the first layer gives it."""
         self._carry(span)
-        heads, kv_heads, dim = self.sizes
-        q, k, v = (
-            torch.randn(1, self.length, n, dim, device=self.device, dtype=self.dtype).transpose(1, 2).requires_grad_()
-            for n in (heads, kv_heads, kv_heads)
-        )
-
-        def forward() -> None:
-            with torch.no_grad():
-                attend(q, k, v, span)
-
-        def backward() -> None:
-            torch.autograd.grad(attend(q, k, v, span).sum(), (q, k, v))
-
-        found = interleaved({"forward": forward, "backward": backward}, REPETITIONS, self.device)
         beside = self._layer_of(self._decode(self.held)) - self._layer_of(self._decode(1))
-        return _Times(found["forward"]["median"], found["backward"]["median"], max(beside, 0.0))
+        return _Times(self._watched(self.models[1], False), self._watched(self.learners[1], True), max(beside, 0.0))
+
+    def _watched(self, model: Any, learn: bool) -> float:
+        """Seconds of the first layer's attention in a forward pass, with its gradients where it learns."""
+        found: list[float] = []
+
+        def watch(span: Span, over: Callable[[Span], Tensor], q: Tensor, k: Tensor, softmax: Any) -> Tensor:
+            def run() -> Tensor:
+                out = over(span)
+                return torch.autograd.grad(out.sum(), (q, k))[0] if learn else out
+
+            found.append(interleaved({"": run}, REPETITIONS, self.device)[""]["median"])
+            return over(span)
+
+        with watched(attention_modules(model), [watch]):
+            if learn:
+                self._backward(model)
+            else:
+                self._forward(model)
+        return found[0]
 
     def start(self, span: Span) -> float:
         """Seconds of what a decoding step does once, beside its layers and the head."""
@@ -162,17 +189,17 @@ class _Bench:
         return max(times[1] - self._layer_of(times), 0.0)
 
     def _carry(self, span: Span) -> None:
-        for layers, model in self.models.items():
+        for layers, model in [*self.models.items(), *self.learners.items()]:
             convert(model, SpanPlan((span,) * layers), check=False)
 
     def _layer_of(self, times: Mapping[int, float]) -> float:
         return max(times[2] - times[1], 1e-9)
 
-    def _seconds(self, run: Callable[[Any], Any]) -> float:
+    def _seconds(self, models: Mapping[int, Any], run: Callable[[Any], Any]) -> float:
         """Of one layer, when every model takes its turn."""
-        turns = {str(layers): functools.partial(run, model) for layers, model in self.models.items()}
+        turns = {str(layers): functools.partial(run, model) for layers, model in models.items()}
         found = interleaved(turns, REPETITIONS, self.device)
-        return self._layer_of({layers: found[str(layers)]["median"] for layers in self.models})
+        return self._layer_of({layers: found[str(layers)]["median"] for layers in models})
 
     @torch.no_grad()
     def _forward(self, model: Any) -> None:
@@ -180,7 +207,9 @@ class _Bench:
 
     def _backward(self, model: Any) -> None:
         model.train().zero_grad(set_to_none=True)
-        model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state.sum().backward()
+        with self._learning():
+            hidden = model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
+        hidden.sum().backward()
 
     @torch.no_grad()
     def _decode(self, held: int) -> dict[int, float]:
@@ -199,7 +228,7 @@ class _Bench:
         cache = SpanCache(spans_on(model))
         cache.timeline.segments = Segments.of(1, held)
         for layer in range(len(cache.layers)):
-            _, kv_heads, dim = self.sizes
+            kv_heads, dim = self.sizes
             keys, values = (torch.randn(1, kv_heads, held, dim, device=self.device, dtype=self.dtype) for _ in range(2))
             cache.update(keys, values, layer)
         return cache
@@ -210,15 +239,20 @@ class _Bench:
 
     def head(self, parameters: int) -> Work:
         """Of all tokens with their loss, and of one token."""
-        head = Head.of(self.models[1])
-        hidden = torch.randn(1, self.length, head.weight.shape[1], device=self.device, dtype=self.dtype)
-        hidden.requires_grad_()
+        head, learner = Head.of(self.models[1]), Head.of(self.learners[1])
+        hidden = torch.randn(1, self.length, head.weight.shape[1], device=self.device, requires_grad=True)
+        last = hidden.detach()[:, :1].to(self.dtype)
+
+        def every() -> None:
+            with self._learning():
+                loss = chunked_loss(hidden, self.ids, learner, total=1.0).loss
+            loss.backward()
 
         def one() -> Tensor:
             with torch.no_grad():
-                return head(hidden[:, :1])
+                return head(last)
 
-        turns = {"all": lambda: chunked_loss(hidden, self.ids, head, total=1.0).loss.backward(), "one": one}
+        turns = {"all": every, "one": one}
         found = interleaved(turns, REPETITIONS, self.device, before=self._forget)
         seconds = found["one"]["median"]
         learnt = 6 * parameters * self.length / found["all"]["median"]
@@ -226,7 +260,7 @@ class _Bench:
 
     def updates(self) -> float:
         """Parameters that AdamW updates in a second."""
-        parameters = list(self.models[1].parameters())
+        parameters = list(self.learners[1].parameters())
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         step = torch.optim.AdamW(parameters).step
