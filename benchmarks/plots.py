@@ -17,21 +17,23 @@ from .op import BLOCKS, CAUSAL, MASKED, WINDOWS
 
 SHOWN = ("block:512", "window:512", "block:512:sinks=4", CAUSAL, MASKED, WINDOWS, BLOCKS)
 PROGRAMS = {"native": "Ministral, windows", "windows": "windows of 512", "blocks": "blocks of 512"}
-WHAT = {"training": "training step", "prefill": "prefill", "decode": "decoding"}
+WHAT = {"training": "training", "prefill": "prefill", "decode": "decoding"}
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, ylabel: str, path: Path) -> None:
     """Both axes logarithmic: what grows with the length rises by 45 degrees."""
-    with drawing(6.4, 4.2) as (figure, axes):
+    with drawing(6.4, 4.6) as (figure, axes):
         for rank, (name, points) in enumerate(series.items()):
-            style = {"color": COLOURS[rank % len(COLOURS)], "marker": MARKERS[rank % len(MARKERS)]}
-            axes.loglog(*zip(*points, strict=True), label=name, linestyle=LINES[rank % len(LINES)], **style)
+            turn = rank + rank // len(COLOURS)  # the seventh shares its colour with the first, but nothing else
+            style = {"color": COLOURS[rank % len(COLOURS)], "marker": MARKERS[turn % len(MARKERS)]}
+            axes.loglog(*zip(*points, strict=True), label=name, linestyle=LINES[turn % len(LINES)], **style)
         places = sorted({x for points in series.values() for x, _ in points})
         axes.set_xticks(places, [f"{int(x) // 1024}k" for x in places])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes.minorticks_off()
         axes.set(xlabel="tokens", ylabel=ylabel, title=title)
         axes.grid(alpha=0.2, linewidth=0.6)
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -43,6 +45,8 @@ def speedups(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
         for rank, (program, words) in enumerate(PROGRAMS.items()):
             heights = [(at, found.get((*group, program))) for at, group in enumerate(groups)]
             drawn = [(at + 0.27 * (rank - 1), height) for at, height in heights if height is not None]
+            if not drawn:
+                continue
             bars = axes.bar(*zip(*drawn, strict=True), 0.25, label=words, color=COLOURS[rank])
             axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
         axes.axhline(1, color="black", linewidth=0.8)
