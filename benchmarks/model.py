@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, MinistralConfig, PreTrainedConfig
 
-from masformer.attention import Segments
 from masformer.attention.tiled import has_bf16
 from masformer.models.cache import SpanCache
 from masformer.models.convert import convert, is_converted, plan_of
@@ -35,8 +34,9 @@ from masformer.models.families import class_of, shape_of
 from masformer.models.head import Head
 from masformer.spans import Block, Full, SpanPlan, Window, cost, layout
 from masformer.spans.hardware import predict
-from masformer.training.calibrate import calibrate
+from masformer.training.calibrate import calibrate, fill
 from masformer.training.loss import chunked_loss
+from masformer.training.meter import spread
 
 from .measure import machine
 from .memory import resident
@@ -117,7 +117,8 @@ def prefill(model: Any, length: int) -> Callable[[], dict[str, Any]]:
 def decode(model: Any, length: int) -> Callable[[], dict[str, Any]]:
     """New tokens after `length` others, whose keys and values are random: nothing is faster or slower by them."""
     model.eval()
-    cache = filled(model, length)
+    cache = SpanCache(plan_of(model)) if is_converted(model) else DynamicCache(config=model.config)
+    fill(cache, shape_of(config_of(PARENT, model.dtype)), length, dtype=model.dtype)
     ids = ids_of(NEW)
 
     @torch.no_grad()
@@ -127,18 +128,6 @@ def decode(model: Any, length: int) -> Callable[[], dict[str, Any]]:
         return {"tokens": NEW, "kv_bytes": held(cache)}
 
     return run
-
-
-@torch.no_grad()
-def filled(model: Any, length: int) -> Any:
-    """A cache as `length` tokens leave it, made by giving every layer their keys at once."""
-    cache = SpanCache(plan_of(model)) if is_converted(model) else DynamicCache(config=model.config)
-    if isinstance(cache, SpanCache):
-        cache.timeline.segments = Segments.of(1, length)
-    for layer in range(LAYERS):
-        keys = [torch.randn(1, 3, length, 64, dtype=model.dtype) for _ in range(2)]
-        cache.update(*keys, layer)
-    return cache
 
 
 def held(cache: Any) -> int:
@@ -192,7 +181,7 @@ def group(programs: list[str], what: str, length: int, dtype: torch.dtype, repet
 
 def row(what: str, length: int, program: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = [turn["seconds"] for turn in turns]
-    times = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "turns": len(seconds)}
+    times = {**spread(seconds), "turns": len(seconds)}
     facts = {"what": what, "length": length, "program": program, "seconds": times}
     facts["tokens_per_second"] = turns[0]["tokens"] / times["median"]
     facts["peak_bytes"] = statistics.median(turn["peak_bytes"] for turn in turns)
@@ -200,13 +189,13 @@ def row(what: str, length: int, program: str, turns: list[dict[str, Any]]) -> di
 
 
 def predicted(rows: list[dict[str, Any]], rates: Any, dtype: torch.dtype) -> None:
-    """Put beside each row what the cost model says: its time, its speed-up over the parent, its cache."""
+    """Put beside each row of a group what the cost model says: its time, its speed-up over the parent, its cache."""
     shape = shape_of(config_of(PARENT, dtype), kv_dtype_bytes=dtype.itemsize)
     full = SpanPlan((Full(),) * LAYERS)
-    parents = {(r["what"], r["length"]): r["seconds"]["median"] for r in rows if r["program"] == PARENT}
+    parent = next(row["seconds"]["median"] for row in rows if row["program"] == PARENT)
     for each in rows:
         what, length = each["what"], each["length"]
-        each["speedup"] = parents[what, length] / each["seconds"]["median"]
+        each["speedup"] = parent / each["seconds"]["median"]
         plan = full if each["program"] == PARENT else PLANS.get(each["program"], PLANS["windows"])
         ours, theirs = cost(shape, plan, length), cost(shape, full, length)
         if each["program"] != NATIVE:

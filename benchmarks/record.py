@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from masformer.training.meter import spread
 
 GUESS = 10.0
 """Seconds that a row may take of which none like it was measured."""
@@ -96,7 +97,7 @@ def timed(function: Callable[[], Any], device: torch.device, rounds: int) -> Mea
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(times), "least": min(times), "most": max(times), "calls": len(times)}
+    return {**spread(times), "calls": len(times)}
 
 
 def say(start: str, found: Measured, *names: str) -> None:

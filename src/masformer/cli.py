@@ -19,7 +19,7 @@ from rich.console import Console
 from .cli_eval import evaluate, report
 from .cli_export import export
 from .cli_generate import chat, generate
-from .cli_hardware import NAMES, check_hardware, hardware_table, seconds
+from .cli_hardware import NAMES, check_hardware, hardware_table
 from .cli_model import Debug, Device, Json, Model, load_with_plan
 from .cli_output import (
     INTERRUPTED,
@@ -127,9 +127,7 @@ def plan(
         costs = None
     else:
         assert model is not None
-        chosen, length, facts, costs = costed(model, flags, length, engine)
-        if hardware is not None:
-            facts["hardware"] = seconds(hardware, calibrate, model, chosen, length)
+        chosen, length, facts, costs = costed(model, flags, length, engine, hardware, calibrate)
     if svg is not None:
         write_whole(svg, lambda path: path.write_text(plan_svg(chosen, length=length), encoding="utf-8"))
         facts["svg"] = str(svg)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 from rich.table import Table
 
 from .cli_output import UsageError, say
-from .spans import SpanPlan
+from .spans import ModelShape, SpanPlan
 from .spans.hardware import HARDWARE, Rates, predict
 
 NAMES = (*HARDWARE, "cpu")
@@ -44,14 +45,14 @@ def _refuse_absent(hardware: str) -> None:
         raise UsageError(f"--calibrate measures this machine, which has {found}: leave it out, or name cpu")
 
 
-def seconds(hardware: str, calibrate: bool, model: str, plan: SpanPlan, length: int) -> dict[str, Any]:
+def seconds(
+    hardware: str, calibrate: bool, config: Any, shape: ModelShape, plan: SpanPlan, length: int
+) -> dict[str, Any]:
     """What a model takes by itself and with the plan, for `--json`."""
-    from .models.checkpoint import load_config
-    from .models.families import dtype_of, native_plan, shape_of
+    from .models.families import dtype_of, native_plan
 
-    config, _ = load_config(model)
     rates = _measured(config, plan, length, hardware) if calibrate else HARDWARE[hardware]
-    shape = shape_of(config, kv_dtype_bytes=dtype_of(config).itemsize)
+    shape = dataclasses.replace(shape, kv_dtype_bytes=dtype_of(config).itemsize)  # as it is calibrated
     parent, planned = (predict(shape, each, length, rates) for each in (native_plan(config), plan))
     facts = {"name": rates.name, "calibrated": calibrate, "rates": rates.to_json()}
     return {**facts, "parent": parent.to_json(), "planned": planned.to_json()}

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
+from .cli_hardware import seconds
 from .cli_output import UsageError
 from .errors import InputError
 from .serving import reserved
@@ -234,7 +235,12 @@ def pairs(chosen: SpanPlan, length: int) -> dict[str, Any]:
 
 
 def costed(
-    model: str, flags: PlanFlags, length: int | None, engine: str | None = None
+    model: str,
+    flags: PlanFlags,
+    length: int | None,
+    engine: str | None = None,
+    hardware: str | None = None,
+    calibrate: bool = False,
 ) -> tuple[SpanPlan, int, dict[str, Any], tuple[PlanCost, PlanCost]]:
     """Plan, length, facts for `--json`, and what the model costs by itself and with the plan; loads no weights."""
     from .models.checkpoint import load_config
@@ -254,6 +260,8 @@ def costed(
     facts = {"model": model, **described(chosen, length), "parent_plan": str(parent), "max_positions": most}
     if engine is not None:
         facts["engine"] = _engine(engine, config, shape, chosen, length)
+    if hardware is not None:
+        facts["hardware"] = seconds(hardware, calibrate, config, shape, chosen, length)
     return chosen, length, {**facts, **numbers, "in_words": in_one_line(*costs)}, costs
 
 

@@ -66,7 +66,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, span: Span, segments: Segments, softm
         and segments.seen == 0
         and (segments.pieces is not None or span.start(segments.new - 1) > 0)
         and _is_plain(span)
-        and 0 < _count(span, segments, q.shape[0]) <= MOST_SEQUENCES
+        and 0 < len(_lengths(_step(span), segments, q.shape[0])) <= MOST_SEQUENCES
     )
 
 
@@ -103,22 +103,20 @@ def kernel() -> tuple[Callable[..., Any], frozenset[str]]:
 @torch.inference_mode(False)  # training could not save a tensor that was made inside inference_mode
 def sequences(step: int | None, segments: Segments, batch: int, device: torch.device) -> Sequences:
     """Documents cut every `step` tokens, or whole; made once for all layers that a forward runs through."""
-    pieces = [(piece.row * segments.new + piece.first, piece.stop - piece.first) for piece in segments.pieces or ()]
-    if segments.pieces is None:
-        pieces = [(row * segments.new, segments.new) for row in range(batch)]
-    lengths = [min(step or n, n - low) for _, n in pieces for low in range(0, n, step or n)]
+    lengths = _lengths(step, segments, batch)
     edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     real = None
     if sum(lengths) < batch * segments.new:
-        real = torch.cat([torch.arange(first, first + n) for first, n in pieces]).to(device)
+        rows = [(piece.row * segments.new, piece.first, piece.stop) for piece in segments.pieces or ()]
+        real = torch.cat([torch.arange(row + first, row + stop) for row, first, stop in rows]).to(device)
     return Sequences(edges.to(device), max(lengths), real)
 
 
-def _count(span: Span, segments: Segments, batch: int) -> int:
-    """How many sequences there would be."""
-    lengths = [segments.new] * batch if segments.pieces is None else [p.stop - p.first for p in segments.pieces]
-    step = _step(span)
-    return len(lengths) if step is None else sum(-(-n // step) for n in lengths)
+@functools.lru_cache(maxsize=16)
+def _lengths(step: int | None, segments: Segments, batch: int) -> tuple[int, ...]:
+    """Tokens of each sequence: of documents cut every `step` tokens, or of whole ones."""
+    whole = [segments.new] * batch if segments.pieces is None else [p.stop - p.first for p in segments.pieces]
+    return tuple(min(step or n, n - low) for n in whole for low in range(0, n, step or n))
 
 
 def _is_plain(span: Span) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from ..attention import Segments
 from ..errors import InputError
@@ -28,7 +28,6 @@ from ..models.families import (
     attention_modules,
     class_of,
     dtype_of,
-    head_dim,
     native_plan,
     shape_of,
     shortened,
@@ -37,7 +36,7 @@ from ..models.families import (
 from ..models.head import Head
 from ..models.interface import watched
 from ..models.positions import max_positions
-from ..spans import Span, SpanPlan
+from ..spans import ModelShape, Span, SpanPlan
 from ..spans.hardware import Rates, Work
 from .loss import chunked_loss
 from .meter import interleaved
@@ -77,13 +76,14 @@ def calibrate(
     """
     length = min(length, max_positions(config) or length)
     context = min(context, max_positions(config) or context)
-    bench, shape = _Bench(config, length, context, torch.device(device)), shape_of(config)
+    bench = _Bench(config, length, context, torch.device(device))
+    shape = bench.shape
     spans = sorted(set(plan) | set(native_plan(config)), key=lambda span: span.visible_pairs(length))
     layers: dict[Span, _Times] = {}
     for span in spans:
         progress(f"layers with {span}, {length:,} tokens")
         layers[span] = bench.layer(span)
-    rest = layers[spans[0]].less(bench.attention(spans[0]))  # the cheapest: an error there matters least
+    rest, start = bench.rest(spans[0], layers[spans[0]])  # of the cheapest: an error there matters least
     linear = shape.linear_parameters // shape.layers
     attention = {}
     for span in spans:
@@ -101,8 +101,18 @@ def calibrate(
         head=bench.head(shape.head_parameters),
         attention=attention,
         updates=bench.updates(),
-        start=bench.start(spans[0]),
+        start=start,
     )
+
+
+def fill(cache: DynamicCache, shape: ModelShape, tokens: int, *, dtype: torch.dtype, device: Any = None) -> None:
+    """Give every layer of an empty cache the random keys and values of so many tokens, batch 1."""
+    if isinstance(cache, SpanCache):
+        cache.timeline.segments = Segments.of(1, tokens)
+    for layer in range(len(cache.layers)):
+        size = 1, shape.kv_heads, tokens, shape.head_dim
+        keys, values = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
+        cache.update(keys, values, layer)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,7 +141,7 @@ class _Bench:
         self.length, self.device = length, device
         self.held = max(1, context - STEPS)
         self.dtype = dtype_of(config)
-        self.sizes = shape_of(config).kv_heads, head_dim(config)
+        self.shape = shape_of(config)
         self.models = {layers: self._made(config, layers, self.dtype) for layers in (1, 2)}
         self.learners = self.models
         if self.dtype != torch.float32:
@@ -157,13 +167,18 @@ class _Bench:
             self._layer_of(self._decode(self.held)),
         )
 
-    def attention(self, span: Span) -> _Times:
-        """Of a layer's attention alone, with the queries, keys and softmax that the first layer gives it."""
-        self._carry(span)
-        beside = self._layer_of(self._decode(self.held)) - self._layer_of(self._decode(1))
-        return _Times(self._watched(self.models[1], False), self._watched(self.learners[1], True), max(beside, 0.0))
+    def rest(self, span: Span, layer: _Times) -> tuple[_Times, float]:
+        """What a layer with a span does beside attention, and the seconds of what a decoding step does once.
 
-    def _watched(self, model: Any, learn: bool) -> float:
+        Decoding, that is all a layer does with next to nothing in its cache.
+        """
+        self._carry(span)
+        token = self._decode(1)
+        one = self._layer_of(token)
+        attention = self._attention(self.models[1], False), self._attention(self.learners[1], True)
+        return layer.less(_Times(*attention, layer.decode - one)), max(token[1] - one, 0.0)
+
+    def _attention(self, model: Any, learn: bool) -> float:
         """Seconds of the first layer's attention in a forward pass, with its gradients where it learns."""
         found: list[float] = []
 
@@ -181,12 +196,6 @@ class _Bench:
             else:
                 self._forward(model)
         return found[0]
-
-    def start(self, span: Span) -> float:
-        """Seconds of what a decoding step does once, beside its layers and the head."""
-        self._carry(span)
-        times = self._decode(1)
-        return max(times[1] - self._layer_of(times), 0.0)
 
     def _carry(self, span: Span) -> None:
         for layers, model in [*self.models.items(), *self.learners.items()]:
@@ -214,7 +223,9 @@ class _Bench:
     @torch.no_grad()
     def _decode(self, held: int) -> dict[int, float]:
         """Seconds for one token of the models of one and of two layers, with so many tokens before it."""
-        caches = {layers: self._filled(model.eval(), held) for layers, model in self.models.items()}
+        caches = {layers: SpanCache(spans_on(model.eval())) for layers, model in self.models.items()}
+        for cache in caches.values():
+            fill(cache, self.shape, held, dtype=self.dtype, device=self.device)
 
         def step(layers: int) -> None:
             self.models[layers].base_model(input_ids=self.ids[:, :1], past_key_values=caches[layers])
@@ -222,16 +233,6 @@ class _Bench:
         turns = {str(layers): functools.partial(step, layers) for layers in self.models}
         found = interleaved(turns, STEPS - 1, self.device, before=self._forget)
         return {layers: found[str(layers)]["median"] for layers in self.models}
-
-    def _filled(self, model: Any, held: int) -> SpanCache:
-        """A cache as `held` tokens leave it."""
-        cache = SpanCache(spans_on(model))
-        cache.timeline.segments = Segments.of(1, held)
-        for layer in range(len(cache.layers)):
-            kv_heads, dim = self.sizes
-            keys, values = (torch.randn(1, kv_heads, held, dim, device=self.device, dtype=self.dtype) for _ in range(2))
-            cache.update(keys, values, layer)
-        return cache
 
     def _forget(self) -> None:
         """Put other numbers into the processor's cache: two layers stay there, all layers of a model do not."""

@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +68,12 @@ def interleaved(
             _wait(device)
             if turn:
                 times[name].append(time.perf_counter() - started)
-    return {
-        name: {"median": statistics.median(found), "least": min(found), "most": max(found)}
-        for name, found in times.items()
-    }
+    return {name: spread(found) for name, found in times.items()}
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
 
 
 def peak_memory(device: torch.device) -> int:
