@@ -334,10 +334,15 @@ def _printed(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[s
 
 def estimate_in_words(estimate: Estimate | None, digits: int, *, percent: bool = False) -> str:
     """`3.071 (3.021 to 3.120)`, without the interval where there is none."""
+    value = in_short(estimate, digits, percent=percent)
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return value
+    scale = 100 if percent else 1
+    return f"{value} ({scale * estimate.low:.{digits}f} to {scale * estimate.high:.{digits}f})"
+
+
+def in_short(estimate: Estimate | None, digits: int, *, percent: bool = False) -> str:
+    """The value alone."""
     if estimate is None:
         return "-"
-    scale, sign = (100, " %") if percent else (1, "")
-    value = f"{scale * estimate.value:.{digits}f}{sign}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} ({scale * estimate.low:.{digits}f} to {scale * estimate.high:.{digits}f})"
+    return f"{100 * estimate.value:.{digits}f} %" if percent else f"{estimate.value:.{digits}f}"

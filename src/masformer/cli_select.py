@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cli_eval import estimate_in_words, names_of, numbers_of
+from .cli_eval import in_short, names_of, numbers_of
 from .cli_model import Debug, Device, Dtype, Json, Model, check_dtype, device_name
 from .cli_output import UsageError, at_least, print_json, say
-from .cli_plan import in_words
 from .errors import InputError
 from .spans import Block, PlanError, Span, Window
 
@@ -202,10 +202,11 @@ def _shown() -> Iterator[Callable[[str, int], None]]:
 
 
 def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
-    """Every choice with what it measures on the probes and on held-out data."""
+    """Every choice with what it costs and what it measures on the probes and on held-out data; scores by layer."""
+    from .report.picture import scores_text
     from .report.runs import read_results
     from .report.tables import overview
-    from .selection.outcome import HELD_OUT, TRAINED
+    from .selection.outcome import HELD_OUT
 
     held_out = {row.model: row for row in overview(read_results([out / HELD_OUT]))}
     if json:
@@ -213,24 +214,52 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
         print_json({"out": str(out), **outcome, "held_out": rows})
         return
     for budget in outcome["budgets"]:
-        headers = ["method", "full layers", "nats on probes", "KV", "held-out nats/token", "to the parent", "recall"]
-        if outcome["train_steps"]:
-            headers += ["trained: nats/token", "recall"]
-        table = Table(*headers, title=f"{budget['words']}: chosen by {budget['chosen']}", title_justify="left")
-        rows = {"parent": outcome["parent"], "all local": outcome["local"], **budget["plans"]}
-        for name, row in sorted(rows.items(), key=lambda item: item[1]["nats"]):
-            cells = [name, row["label"].removeprefix("full "), f"{row['nats']:.3f}"]
-            cells.append(in_words(row["cost"]["kv_bytes_held"], "B"))
-            found = held_out[row["label"]]  # of a budget that was asked for before, too
-            cells += [estimate_in_words(found.nats, 3), estimate_in_words(found.difference, 3)]
-            cells.append(estimate_in_words(found.recall, 0, percent=True))
-            if outcome["train_steps"]:
-                trained = held_out.get(f"{row['label']}, {TRAINED}")
-                cells.append(estimate_in_words(trained.nats if trained else None, 3))
-                cells.append(estimate_in_words(trained.recall if trained else None, 0, percent=True))
-            table.add_row(*cells)
-        Console().print(table)
-    for budget in outcome["budgets"]:
-        best = budget["plans"][budget["chosen"]]
-        say(f"{budget['words']}: --plan {best['plan']}")
-    say(f"{out} holds the results; masformer report {out} makes a page of them")
+        Console().print(_table(outcome, budget, held_out))
+    chosen = {budget["words"]: budget["plans"][budget["chosen"]] for budget in outcome["budgets"]}
+    if outcome["scores"]:
+        marked = {f"chosen, {words}": row["full_layers"] for words, row in chosen.items()}
+        typer.echo(f"\nscores by layer\n{scores_text(outcome['scores'], marked)}")
+    for words, row in chosen.items():
+        say(f"{words}: --plan {row['plan']}")
+    say(f"{out} holds the results; masformer report {out} makes a page of them, with intervals")
+
+
+def _table(outcome: dict[str, Any], budget: dict[str, Any], held_out: dict[str, Any]) -> Table:
+    """The choices within a budget, the fewest nats on the probes first; for 80 columns, so without intervals.
+
+    KV and attention FLOPs are shares of the parent's.
+    """
+    from .selection.outcome import TRAINED
+
+    rows = {"parent": outcome["parent"], "all local": outcome["local"], **budget["plans"]}
+    trained = bool(outcome["train_steps"])
+    table = Table(title=f"{budget['words']}: chosen by {budget['chosen']}", title_justify="left")
+    table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
+    table.add_column("method", no_wrap=True)
+    table.add_column("full layers", overflow="fold")
+    headers = ["KV", "FLOPs", "probes", "held-out", "to parent", "recall", *(["trained", "recall"] if trained else [])]
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["nats"]):
+        found = held_out[row["label"]]  # of a budget that was asked for before, too
+        after = held_out.get(f"{row['label']}, {TRAINED}")
+        cells = [
+            name,
+            row["label"].removeprefix("full ").replace(",", ", "),
+            *_shares(row["cost"], outcome["parent"]["cost"]),
+        ]
+        cells += [f"{row['nats']:.3f}", in_short(found.nats, 3), in_short(found.difference, 3)]
+        cells.append(in_short(found.recall, 0, percent=True))
+        if trained:
+            cells += [in_short(after.nats, 3), in_short(after.recall, 0, percent=True)] if after else ["-", "-"]
+        table.add_row(*cells)
+    return table
+
+
+def _shares(own: dict[str, Any], parent: dict[str, Any]) -> list[str]:
+    """Of the parent's KV cache and attention FLOPs."""
+    shares = (
+        own["kv_bytes_held"] / parent["kv_bytes_held"],
+        own["prefill_flops"]["attention"] / parent["prefill_flops"]["attention"],
+    )
+    return [f"{100 * share:.0f} %" for share in shares]

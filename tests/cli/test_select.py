@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from masformer.cli import run
 from masformer.evaluation import suites
 from masformer.models.checkpoint import load
+from masformer.report.picture import scores_text
 from masformer.selection import bench, choice, trial
 from masformer.selection.bench import Bench
 from masformer.selection.probes import document_probes, recall_probe, recall_sequences
@@ -113,8 +115,13 @@ def test_the_table_says_what_was_chosen_and_the_last_lines_how_to_convert(done, 
     for budget in found["budgets"]:
         assert f"{budget['words']}: chosen by {budget['chosen']}" in out
         assert f"{budget['words']}: --plan {budget['plans'][budget['chosen']]['plan']}\n" in err
-    for words in ("parent", "all local", "backward", "held-out"):
+    for words in ("parent", "all local", "backward", "held-out", "FLOPs"):
         assert words in out
+    assert scores_text(found["scores"], {}).splitlines()[1].removeprefix("recall") in out
+    for budget in found["budgets"]:
+        full = budget["plans"][budget["chosen"]]["full_layers"]
+        strip = "".join("█" if layer in full else "·" for layer in range(LAYERS))
+        assert re.search(rf"^chosen, {budget['words']} +{strip}$", out, re.MULTILINE)
     assert f"masformer report {done} makes a page" in err.replace("\n", " ")
 
 

@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from masformer.report.picture import default_length, plan_svg, plan_text
+from masformer.report.picture import default_length, plan_svg, plan_text, scores_text
 from masformer.spans.plan import SpanPlan
 from masformer.spans.span import Block, Full, PlanError, Window
 
@@ -140,3 +140,14 @@ def test_the_svg_asks_for_nothing_outside_itself_and_has_a_dark_mode():
     svg = plan_svg(MASFORMER)
     assert re.findall(r"https?://[^\"]+", svg) == ["http://www.w3.org/2000/svg"]
     assert "prefers-color-scheme:dark" in svg
+
+
+def test_scores_are_drawn_as_parts_of_the_highest_which_are_written_out():
+    scores = {"recall": [0.0, 4.0, 0.001, 2.0, -1.0, 3.9, 1.0, 4.0, 0.5, 0.5, 0.5, 0.5], "kl": [0.0] * 12}
+    assert scores_text(scores, {"chosen": [1, 7]}).splitlines() == [
+        "        0         10",
+        "recall  ·█▁▄·█▂█▁▁▁▁  1: 4, 7: 4, 5: 3.9, 3: 2, 6: 1, 8: 0.5",
+        "kl      ············  0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0",
+        "chosen  ·█·····█····",
+    ]
+    assert scores_text({"loss": [-2.0, -1.0]}, {}).splitlines()[1] == "loss  ··  1: -1, 0: -2"

@@ -1,14 +1,20 @@
 """The bench measures what a plain loop does, each plan once, in any order, in this process or in others."""
 
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from masformer.errors import InputError
+from masformer.models.checkpoint import weights_digest
 from masformer.models.convert import applied, convert
 from masformer.models.families import attention_modules
 from masformer.selection import bench as bench_module
@@ -228,13 +234,17 @@ def test_fresh_items_are_no_probes_and_always_the_same(model: Any) -> None:
     assert [each.key for each in Bench(model, made.probes).fresh(5)] == [each.key for each in probes]
 
 
+def saved(model: Any, folder: Path, weights: str = "") -> Callable[[], Any]:
+    model.save_pretrained(folder)
+    return loaded_from(str(folder), torch.float32, "cpu", weights or weights_digest(str(folder), model.config))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["processes", "ray"])
 def test_other_processes_measure_the_same_numbers(model: Any, tmp_path: Any, executor: str) -> None:
     if executor == "ray":
         pytest.importorskip("ray")
-    model.save_pretrained(tmp_path / "model")
-    loaded: Callable[[], Any] = loaded_from(str(tmp_path / "model"), torch.float32, "cpu")
+    loaded = saved(model, tmp_path / "model")
     expected = Bench(model, few()).measure(PLANS)
     with workers(2, "local" if executor == "ray" else None) as pool:
         assert pool is not None
@@ -243,6 +253,48 @@ def test_other_processes_measure_the_same_numbers(model: Any, tmp_path: Any, exe
         assert made.measure(PLANS[:4]) == expected[:4]
         assert made.measure(PLANS) == expected
         handle.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["processes", "ray"])
+def test_a_machine_with_other_weights_is_refused(model: Any, tmp_path: Path, executor: str) -> None:
+    loaded = saved(model, tmp_path / "model", weights="those of another model")
+    with workers(2, "local" if executor == "ray" else None) as pool:
+        with pytest.raises(InputError, match="is another model than here"):
+            Bench(model, few(), executor=pool, loaded=loaded).measure(PLANS)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_a_ray_address_where_nothing_answers_is_refused_at_once(address: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else can take it
+        place = address.format(port=taken.getsockname()[1])
+        with pytest.raises(InputError, match=f"no Ray cluster answers at {place}"), workers(1, place):
+            pass
+
+
+CALLER = """
+from masformer.selection.workers import workers
+import os, time
+if __name__ == "__main__":
+    with workers(2) as pool:
+        print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)
+        pool.submit(time.sleep, 600)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_caller_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "caller.py"
+    script.write_text(CALLER)
+    caller = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert caller.stdout is not None
+    processes = [psutil.Process(int(pid)) for pid in caller.stdout.readline().split()]
+    assert processes
+    caller.kill()
+    caller.communicate()
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 def test_one_process_without_an_address_is_the_callers_own() -> None:

@@ -1,6 +1,6 @@
-"""A plan drawn: which layer sees how far, for the terminal and as an SVG.
+"""A plan drawn: which layer sees how far, for the terminal and as an SVG; and what layers are worth, for the terminal.
 
-Both show the query at the end of a document: its keys run from the document's first token (left) to itself
+Both pictures of a plan show the query at the end of a document: its keys run from the document's first token (left) to itself
 (right), a bar covers what it sees, a mark at the left edge the sinks. How far a block sees depends on the
 position; the most is drawn.
 """
@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from masformer.spans.plan import SpanPlan
 from masformer.spans.span import Full, PlanError, Span
 
 SHADES = "░▒▓"  # local spans in the strip, shortest first; further ones share the last
+HEIGHTS = "·▁▂▃▄▅▆▇█"  # of a layer's score, 0 or less first
+HIGHEST = 6  # layers whose scores are written out
 
 
 def default_length(plan: SpanPlan) -> int:
@@ -50,6 +52,28 @@ def plan_text(plan: SpanPlan, width: int = 80, *, length: int | None = None) -> 
         lines.append(f"{layers:<{left}}  {_cut(words, middle):<{middle}}  {_bar(span, length, bar)}  {share:>6}")
     lines += ["", "bar: what the last query sees (▌: sinks)", "pairs: share of those of full attention"]
     return "\n".join(lines)
+
+
+def scores_text(scores: Mapping[str, Sequence[float]], marked: Mapping[str, Sequence[int]]) -> str:
+    """What each layer is worth to each method as lines of Unicode text, a column a layer, and which layers are marked.
+
+    Bars are parts of the method's own highest score, of which the first few are written out.
+    """
+    layers = max(map(len, scores.values()))
+    left = max(map(len, (*scores, *marked)))
+    lines = [" " * (left + 2) + "".join(f"{layer:<10}" for layer in range(0, layers, 10)).rstrip()]
+    for name, values in scores.items():
+        order = sorted(range(len(values)), key=lambda layer: (-values[layer], layer))[:HIGHEST]
+        numbers = ", ".join(f"{layer}: {values[layer]:.3g}" for layer in order)
+        lines.append(f"{name:<{left}}  {_heights(values)}  {numbers}")
+    for name, chosen in marked.items():
+        lines.append(f"{name:<{left}}  {''.join('█' if layer in chosen else '·' for layer in range(layers))}")
+    return "\n".join(lines)
+
+
+def _heights(values: Sequence[float]) -> str:
+    most = max(*values, 0.0) or 1.0
+    return "".join(HEIGHTS[math.ceil(max(value, 0.0) / most * (len(HEIGHTS) - 1))] for value in values)
 
 
 def plan_svg(plan: SpanPlan, title: str | None = None, *, length: int | None = None) -> str:

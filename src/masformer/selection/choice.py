@@ -120,6 +120,7 @@ class Prepared:
     space: Space
     probes: list[Probe]
     items: Any
+    weights: str | None
     identity: str
 
     def memory(self, processes: int) -> int:
@@ -180,10 +181,11 @@ def prepare(asked: Asked, documents: Sequence[Document], folder: Path) -> Prepar
     probes = [recall_probe(items, number) for number in range(asked.probes)]
     count = max(1, asked.probes // 4)
     probes += document_probes(tokenizer, documents, length=asked.length, count=count)
-    known = [weights_digest(asked.model, config), digest(config.to_json_string()), str(asked.dtype), asked.device]
+    weights = weights_digest(asked.model, config)
+    known = [weights, digest(config.to_json_string()), str(asked.dtype), asked.device]
     known += [metadata.version(name) for name in ("masformer", "torch")]
     shape = shape_of(config, kv_dtype_bytes=asked.dtype.itemsize)
-    return Prepared(asked, shape, space, probes, items, digest(known)[:16])
+    return Prepared(asked, shape, space, probes, items, weights, digest(known)[:16])
 
 
 def choose(
@@ -214,7 +216,7 @@ def choose(
         store=store,
         identity=prepared.identity,
         executor=executor,
-        loaded=loaded_from(asked.model, asked.dtype, asked.device),
+        loaded=loaded_from(asked.model, asked.dtype, asked.device, prepared.weights),
         progress=progress,
     )
     seconds = _seconds(bench)

@@ -1,6 +1,6 @@
 """Where plans are measured: in this process, in several of this machine, or on the machines of a Ray cluster.
 
-with workers(4) as executor: bench = Bench(..., executor=executor, loaded=loaded_from("models/smollm2", dtype, "cpu"))
+with workers(4) as executor: bench = Bench(..., executor=executor, loaded=loaded_from("models/m", dtype, "cpu", weights))
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from typing import Any
@@ -18,16 +20,22 @@ from typing import Any
 import torch
 
 from ..errors import InputError, ResourceError
-from ..models.checkpoint import load
+from ..models.checkpoint import load, load_config, weights_digest
 
 
-def loaded_from(source: str, dtype: torch.dtype, device: str) -> Callable[[], Any]:
-    """A function that any process can call for the model; each process loads it once."""
-    return functools.partial(_loaded, source, dtype, device)
+def loaded_from(source: str, dtype: torch.dtype, device: str, weights: str | None) -> Callable[[], Any]:
+    """A function that any process can call for the model; each process loads it once.
+
+    Args:
+        weights: their digest in this process, which those found elsewhere must have.
+    """
+    return functools.partial(_loaded, source, dtype, device, weights)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(source: str, dtype: torch.dtype, device: str) -> Any:
+def _loaded(source: str, dtype: torch.dtype, device: str, weights: str | None) -> Any:
+    if weights_digest(source, load_config(source)[0]) != weights:
+        raise InputError(f"{source} on {socket.gethostname()} is another model than here: give each machine the same")
     return load(source, dtype=dtype, device=device)
 
 
@@ -37,7 +45,7 @@ def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
     of so many processes, begun here); None for one process and no address: the caller's own.
 
     Raises:
-        InputError: Ray is not installed.
+        InputError: Ray is not installed, or nothing answers at the address.
     """
     if ray is not None:
         with _ray(count, ray) as executor:
@@ -65,6 +73,15 @@ def _begin(threads: int) -> None:
     """In every process of the pool; Ctrl-C, which reaches all of them, is the caller's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+
+
+def _end_with_the_caller() -> None:
+    """A caller that was killed cannot end its processes, and nobody waits for what they are at."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    caller.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -75,6 +92,7 @@ def _ray(count: int, address: str) -> Iterator[Executor]:
         raise InputError("Ray is not installed: pip install 'masformer[ray]'") from error
     begun = not ray.is_initialized()
     if begun:
+        _refuse_unreachable(address)
         where: dict[str, Any] = (
             {"num_cpus": count, "include_dashboard": False} if address == "local" else {"address": address}
         )
@@ -84,6 +102,17 @@ def _ray(count: int, address: str) -> Iterator[Executor]:
     finally:
         if begun:
             ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself would go on trying."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # "local" and "auto" name no machine
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 class _RayExecutor(Executor):
