@@ -259,9 +259,9 @@ def test_other_processes_measure_the_same_numbers(model: Any, tmp_path: Any, exe
 @pytest.mark.parametrize("executor", ["processes", "ray"])
 def test_a_machine_with_other_weights_is_refused(model: Any, tmp_path: Path, executor: str) -> None:
     loaded = saved(model, tmp_path / "model", weights="those of another model")
-    with workers(2, "local" if executor == "ray" else None) as pool:
-        with pytest.raises(InputError, match="is another model than here"):
-            Bench(model, few(), executor=pool, loaded=loaded).measure(PLANS)
+    where = "local" if executor == "ray" else None
+    with workers(2, where) as pool, pytest.raises(InputError, match="is another model than here"):
+        Bench(model, few(), executor=pool, loaded=loaded).measure(PLANS)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])

@@ -1,7 +1,7 @@
 """A plan drawn: which layer sees how far, for the terminal and as an SVG; and what layers are worth, for the terminal.
 
-Both pictures of a plan show the query at the end of a document: its keys run from the document's first token (left) to itself
-(right), a bar covers what it sees, a mark at the left edge the sinks. How far a block sees depends on the
+Both pictures of a plan show the query at the end of a document: its keys run from the document's first token (left)
+to itself (right), a bar covers what it sees, a mark at the left edge the sinks. How far a block sees depends on the
 position; the most is drawn.
 """
 

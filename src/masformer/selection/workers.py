@@ -1,6 +1,7 @@
 """Where plans are measured: in this process, in several of this machine, or on the machines of a Ray cluster.
 
-with workers(4) as executor: bench = Bench(..., executor=executor, loaded=loaded_from("models/m", dtype, "cpu", weights))
+with workers(4) as executor:
+    bench = Bench(..., executor=executor, loaded=loaded_from("models/m", dtype, "cpu", weights))
 """
 
 from __future__ import annotations
