@@ -65,10 +65,16 @@ def kept(plan: Found, parent: Found, keys: Iterable[tuple[Any, ...]]) -> dict[st
     }
 
 
+def compared_facts(folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same: the model as the evaluation knows it, since the search's mark is the program's, too."""
+    facts = {name: value for name, value in outcome["facts"].items() if name not in ("seed", "probes")}
+    return {**facts, "identity": read_run(folder / HELD_OUT)[0]["models"]["parent"]["identity"]}
+
+
 def gathered(folders: list[Path]) -> dict[str, Any]:
     outcomes = [read(folder) for folder in folders]
     found = [records_of(folder, outcome["facts"]["seed"]) for folder, outcome in zip(folders, outcomes, strict=True)]
-    same = [{k: v for k, v in outcome["facts"].items() if k not in ("seed", "probes")} for outcome in outcomes]
+    same = [compared_facts(folder, outcome) for folder, outcome in zip(folders, outcomes, strict=True)]
     if any(facts != same[0] for facts in same) or len({outcome["facts"]["seed"] for outcome in outcomes}) < len(same):
         raise SystemExit("the selections must differ in their seed, and in nothing else")
     result: dict[str, Any] = {"facts": [outcome["facts"] for outcome in outcomes], "budgets": {}}
