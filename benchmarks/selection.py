@@ -66,9 +66,18 @@ def kept(plan: Found, parent: Found, keys: Iterable[tuple[Any, ...]]) -> dict[st
 
 
 def compared_facts(folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same: the model as the evaluation knows it, since the search's mark is the program's, too."""
-    facts = {name: value for name, value in outcome["facts"].items() if name not in ("seed", "probes")}
-    return {**facts, "identity": read_run(folder / HELD_OUT)[0]["models"]["parent"]["identity"]}
+    """What must be the same: the model as the evaluation knows it, since the search's mark is the program's, too; what
+    was measured on; the training.
+    """
+    facts = {name: value for name, value in outcome["facts"].items() if name not in ("seed", "probes", "checks")}
+    run, records = read_run(folder / HELD_OUT)
+    tried = sorted({(record["suite"], str(record["task"]), record["length"]) for record in records})
+    return {
+        **facts,
+        "identity": run["models"]["parent"]["identity"],
+        "tried": tried,
+        "train_steps": outcome["train_steps"],
+    }
 
 
 def gathered(folders: list[Path]) -> dict[str, Any]:
@@ -76,7 +85,9 @@ def gathered(folders: list[Path]) -> dict[str, Any]:
     found = [records_of(folder, outcome["facts"]["seed"]) for folder, outcome in zip(folders, outcomes, strict=True)]
     same = [compared_facts(folder, outcome) for folder, outcome in zip(folders, outcomes, strict=True)]
     if any(facts != same[0] for facts in same) or len({outcome["facts"]["seed"] for outcome in outcomes}) < len(same):
-        raise SystemExit("the selections must differ in their seed, and in nothing else")
+        raise SystemExit(
+            "the selections must be of the same model, spans, tasks, lengths and training, and of different seeds"
+        )
     result: dict[str, Any] = {"facts": [outcome["facts"] for outcome in outcomes], "budgets": {}}
     suffixes = ["", f", {TRAINED}"] if all(f"parent, {TRAINED}" in each for each in found) else [""]
     for suffix in suffixes:
@@ -85,7 +96,7 @@ def gathered(folders: list[Path]) -> dict[str, Any]:
             rows = {}
             for method in methods:
                 labels = [label_of(outcome, budget["words"], method) for outcome in outcomes]
-                if None in labels:
+                if any(f"{label}{suffix}" not in each for each, label in zip(found, labels, strict=True)):
                     continue
                 plan = merged(each[f"{label}{suffix}"] for each, label in zip(found, labels, strict=True))
                 parent = merged(each[f"parent{suffix}"] for each in found)

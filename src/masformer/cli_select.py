@@ -202,7 +202,7 @@ def _shown() -> Iterator[Callable[[str, int], None]]:
 
 
 def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
-    """Every choice with what it costs and what it measures on the probes and on held-out data; scores by layer."""
+    """Every choice with what it costs and what it measures on the checks and on held-out data; scores by layer."""
     from .report.picture import scores_text
     from .report.runs import read_results
     from .report.tables import overview
@@ -215,6 +215,8 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
         return
     for budget in outcome["budgets"]:
         Console().print(_table(outcome, budget, held_out))
+        if outcome["train_steps"]:
+            Console().print(_trained(outcome, budget, held_out))
     chosen = {budget["words"]: budget["plans"][budget["chosen"]] for budget in outcome["budgets"]}
     if outcome["scores"]:
         marked = {f"chosen, {words}": row["full_layers"] for words, row in chosen.items()}
@@ -225,41 +227,54 @@ def _print(out: Path, outcome: dict[str, Any], json: bool) -> None:
 
 
 def _table(outcome: dict[str, Any], budget: dict[str, Any], held_out: dict[str, Any]) -> Table:
-    """The choices within a budget, the fewest nats on the probes first; for 80 columns, so without intervals.
+    """The choices within a budget, the fewest nats first; for 80 columns, so without intervals.
 
-    KV and attention FLOPs are shares of the parent's.
+    KV (at its largest) and attention FLOPs are shares of the parent's.
     """
+    from .selection.outcome import compared_on
+
+    table = _empty(f"{budget['words']}: chosen by {budget['chosen']}")
+    table.add_column("full layers", overflow="fold", min_width=14)
+    for header in ("KV", "FLOPs", compared_on(outcome), "held-out", "to parent", "recall"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for name, row in _by_nats(outcome, budget):
+        found = held_out[row["label"]]  # of a budget that was asked for before, too
+        layers = row["label"].removeprefix("full ").replace(",", ", ")
+        cells = [f"{row['nats']:.3f}", in_short(found.nats, 3), in_short(found.difference, 3)]
+        cells.append(in_short(found.recall, 0, percent=True))
+        table.add_row(name, layers, *_shares(row["cost"], outcome["parent"]["cost"]), *cells)
+    return table
+
+
+def _trained(outcome: dict[str, Any], budget: dict[str, Any], held_out: dict[str, Any]) -> Table:
+    """The same plans after their training."""
     from .selection.outcome import TRAINED
 
-    rows = {"parent": outcome["parent"], "all local": outcome["local"], **budget["plans"]}
-    trained = bool(outcome["train_steps"])
-    table = Table(title=f"{budget['words']}: chosen by {budget['chosen']}", title_justify="left")
-    table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
-    table.add_column("method", no_wrap=True)
-    table.add_column("full layers", overflow="fold")
-    headers = ["KV", "FLOPs", "probes", "held-out", "to parent", "recall", *(["trained", "recall"] if trained else [])]
-    for header in headers:
+    table = _empty(f"{budget['words']}, trained for {outcome['train_steps']} steps")
+    for header in ("held-out", "recall"):
         table.add_column(header, justify="right", no_wrap=True)
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["nats"]):
-        found = held_out[row["label"]]  # of a budget that was asked for before, too
-        after = held_out.get(f"{row['label']}, {TRAINED}")
-        cells = [
-            name,
-            row["label"].removeprefix("full ").replace(",", ", "),
-            *_shares(row["cost"], outcome["parent"]["cost"]),
-        ]
-        cells += [f"{row['nats']:.3f}", in_short(found.nats, 3), in_short(found.difference, 3)]
-        cells.append(in_short(found.recall, 0, percent=True))
-        if trained:
-            cells += [in_short(after.nats, 3), in_short(after.recall, 0, percent=True)] if after else ["-", "-"]
-        table.add_row(*cells)
+    for name, row in _by_nats(outcome, budget):
+        found = held_out.get(f"{row['label']}, {TRAINED}")
+        cells = [in_short(found.nats, 3), in_short(found.recall, 0, percent=True)] if found else ["-", "-"]
+        table.add_row(name, *cells)
     return table
+
+
+def _empty(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("method", no_wrap=True)
+    return table
+
+
+def _by_nats(outcome: dict[str, Any], budget: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    rows = {"parent": outcome["parent"], "all local": outcome["local"], **budget["plans"]}
+    return sorted(rows.items(), key=lambda item: item[1]["nats"])
 
 
 def _shares(own: dict[str, Any], parent: dict[str, Any]) -> list[str]:
     """Of the parent's KV cache and attention FLOPs."""
     shares = (
-        own["kv_bytes_held"] / parent["kv_bytes_held"],
+        own["kv_bytes_peak"] / parent["kv_bytes_peak"],
         own["prefill_flops"]["attention"] / parent["prefill_flops"]["attention"],
     )
     return [f"{100 * share:.0f} %" for share in shares]

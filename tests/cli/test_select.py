@@ -10,12 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from masformer import cli_select
 from masformer.cli import run
 from masformer.evaluation import suites
 from masformer.models.checkpoint import load
 from masformer.report.picture import scores_text
 from masformer.selection import bench, choice, trial
 from masformer.selection.bench import Bench
+from masformer.selection.methods import MOST_FRESH
+from masformer.selection.outcome import read
 from masformer.selection.probes import document_probes, recall_probe, recall_sequences
 from masformer.spans import Full, SpanPlan, Window, cost
 from tests.cli.conftest import LAYERS, POSITIONS, answer, refusal
@@ -83,6 +86,8 @@ def test_a_run_chooses_for_every_budget_and_tries_every_distinct_plan(done, comm
     assert (found["parent"]["plan"], found["local"]["plan"]) == ("full*4", f"{local}*4")
     assert found["facts"]["local"] == [str(local)]
     assert (found["facts"]["dtype"], found["facts"]["length"], len(found["facts"]["probes"])) == ("float32", 512, 2)
+    assert len(found["facts"]["checks"]) == 2
+    assert not {*found["facts"]["checks"]} & {*found["facts"]["probes"]}
     held_out = [json.loads(line) for line in (done / "held-out" / "results.jsonl").read_text().splitlines()]
     assert {record["model"] for record in held_out} == labels
     assert {record["suite"] for record in held_out} == {"loss", "recall"}
@@ -97,8 +102,8 @@ def test_what_is_written_is_what_the_bench_measures_on_one_half_of_the_documents
     assert sorted(each.id for each in [*chosen_by, *others]) == [f"d{n}" for n in range(6)]
     tokenizer = choice.load_tokenizer(str(parent))
     items = recall_sequences(tokenizer, chosen_by, tmp_path / "corpora", length=512, seed=0)
-    probes = [recall_probe(items, 0), *document_probes(tokenizer, chosen_by, length=512, count=1)]
-    measured = Bench(load(str(parent)), probes)
+    checks = [recall_probe(items, 1 + MOST_FRESH), document_probes(tokenizer, chosen_by, length=512, count=2)[1]]
+    measured = Bench(load(str(parent)), checks)
     for row in (found["parent"], found["local"], *found["budgets"][1]["plans"].values()):
         [expected] = measured.measure([SpanPlan.parse(row["plan"])])
         for name, value in expected.to_json().items():
@@ -123,6 +128,17 @@ def test_the_table_says_what_was_chosen_and_the_last_lines_how_to_convert(done, 
         strip = "".join("█" if layer in full else "·" for layer in range(LAYERS))
         assert re.search(rf"^chosen, {budget['words']} +{strip}$", out, re.MULTILINE)
     assert f"masformer report {done} makes a page" in err.replace("\n", " ")
+
+
+def test_thirty_layers_and_a_training_fit_eighty_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Path(__file__).parents[2] / "docs/results/selection/trained-1"
+    cli_select._print(out, read(out), json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " method       full layers        KV  FLOPs  probes  held-out  to parent  recall " in lines
+    assert " path         0, 7, 8, 15,     36 %   36 %   3.261     3.364      0.134    75 % " in lines
+    assert " path            3.291    75 % " in lines
 
 
 def test_json_has_the_outcome_and_the_held_out_results(done, command, capsys):
@@ -214,6 +230,7 @@ def test_within_takes_the_fewest_layers_near_the_parent(command, tmp_path, capsy
     what = ["--within", "0.5,100", "--methods", "top,backward"]
     facts = answer(capsys, *command, *what, "--out", tmp_path / "run")
     near, far = facts["budgets"]
+    assert facts["facts"]["checks"] == facts["facts"]["probes"]  # the budget is kept to on these
     assert {row["label"] for row in far["plans"].values()} == {"all local"}
     for row in near["plans"].values():
         assert row["nats"] - facts["parent"]["nats"] <= 0.5

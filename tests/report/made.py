@@ -20,7 +20,7 @@ EDGES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 LAYERS = 24
 CHOICES = {"top": (20, 21), "recall": (7, 18), "mass": (3, 4), "lazy": (3, 4)}
 NATS = {"parent": 2.0, "all local": 5.0, "top": 4.5, "recall": 2.25, "mass": 4.0, "lazy": 4.0}
-"""On the probes, of the answers; documents have 3.0."""
+"""On the checks, of the answers; documents have 3.0."""
 MEASURED = {
     "parent": (200.0, (1, 1, 1, 1)),
     "all local": (260.0, (0, 0, 0, 0)),
@@ -187,13 +187,14 @@ def outcome(choices=CHOICES, *, seed=0, train_steps=0, scores=("recall", "mass")
     plans = {method: choice(method, full) for method, full in choices.items()}
     values = [0.5 if layer in (7, 18) else -0.01 * layer for layer in range(LAYERS)]
     return {
-        "format": 1,
+        "format": 2,
         "facts": {
             "model": "models/parent",
             "identity": "x",
             "local": ["window:252:sinks=4"],
             "length": 1024,
             "probes": ["a", "b", "c", "d", "e"],
+            "checks": ["f", "g", "h", "i", "j"],
             "seed": seed,
             "dtype": "float32",
             "device": "cpu",

@@ -146,8 +146,10 @@ def test_scores_are_drawn_as_parts_of_the_highest_which_are_written_out():
     scores = {"recall": [0.0, 4.0, 0.001, 2.0, -1.0, 3.9, 1.0, 4.0, 0.5, 0.5, 0.5, 0.5], "kl": [0.0] * 12}
     assert scores_text(scores, {"chosen": [1, 7]}).splitlines() == [
         "        0         10",
-        "recall  ·█▁▄·█▂█▁▁▁▁  1: 4, 7: 4, 5: 3.9, 3: 2, 6: 1, 8: 0.5",
-        "kl      ············  0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0",
+        "recall  ·█▁▄·█▂█▁▁▁▁",
+        "        1: 4, 7: 4, 5: 3.9, 3: 2, 6: 1",
+        "kl      ············",
+        "        0: 0, 1: 0, 2: 0, 3: 0, 4: 0",
         "chosen  ·█·····█····",
     ]
-    assert scores_text({"loss": [-2.0, -1.0]}, {}).splitlines()[1] == "loss  ··  1: -1, 0: -2"
+    assert scores_text({"loss": [-2.0, -1.0]}, {}).splitlines()[1:] == ["loss  ··", "      1: -1, 0: -2"]

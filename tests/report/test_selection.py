@@ -32,7 +32,7 @@ def test_a_table_has_the_parent_and_all_local_first_and_the_chosen_method_in_wor
     assert [row["method"] for row in rows] == ["parent", "all local", "recall, chosen", "mass", "lazy", "top"]
     assert [row["full layers"] for row in rows] == ["0 to 23", DASH, "7, 18", "3, 4", "3, 4", "20, 21"]
     best = rows[2]
-    assert [best[name] for name in ("probes: nats", "of recall", "of documents", "KL")] == [
+    assert [best[name] for name in ("checks: nats", "of recall", "of documents", "KL")] == [
         "5.250",
         "2.250",
         "3.000",
@@ -65,11 +65,12 @@ def test_words_say_what_was_asked_what_was_chosen_and_what_it_costs(tmp_path):
     asked, chosen = section.paragraphs
     assert asked == (
         "Some layers of models/parent stay as they are, the others get window:252:sinks=4. The methods chose by the "
-        "probes, 4 recall items and 1 document of 1,024 tokens (seed 0, float32 on cpu); a plan's nats are the mean "
-        "per token of the answers plus that of the documents, and the plan of the fewest is chosen. "
+        "probes, 4 recall items and 1 document of 1,024 tokens (seed 0, float32 on cpu), and are compared on checks, "
+        "other recall items and documents. A plan's nats are the mean per token of the answers plus that of the "
+        "documents, and the plan of the fewest is chosen. "
         "Held-out data had no say."
     )
-    assert chosen.startswith("2 full layers: recall measures best on the probes. full 7,18 needs 86.0 % less KV cache ")
+    assert chosen.startswith("2 full layers: recall measures best on the checks. full 7,18 needs 86.0 % less KV cache ")
     assert chosen.endswith(
         "Its loss is 0.100 nats per token higher (95 % interval +0.100 to +0.100); it finds 75.0 % of the recall "
         "items, parent 100.0 %."
@@ -80,7 +81,7 @@ def test_words_say_what_was_asked_what_was_chosen_and_what_it_costs(tmp_path):
 
 def test_orders_on_probes_and_on_held_out_data_are_compared_over_distinct_plans(tmp_path):
     (row,) = cells(one(tmp_path), "How far")
-    assert list(row.values()) == ["2 full layers", "probes and held-out", "3", "+1.00", "+1.00"]
+    assert list(row.values()) == ["2 full layers", "checks and held-out", "3", "+1.00", "+1.00"]
 
 
 TRAINED = {
@@ -117,8 +118,8 @@ def test_whether_the_order_held_is_said_and_counted(tmp_path):
     )
     rows = [list(row.values())[1:] for row in cells(section, "How far")]
     assert rows == [
-        ["probes and held-out", "3", "+1.00", "+1.00"],
-        ["probes and trained", "3", f"{MINUS}0.50", f"{MINUS}0.87"],
+        ["checks and held-out", "3", "+1.00", "+1.00"],
+        ["checks and trained", "3", f"{MINUS}0.50", f"{MINUS}0.87"],
         ["held-out and trained", "3", f"{MINUS}0.50", f"{MINUS}0.87"],
     ]
 
@@ -130,6 +131,18 @@ def test_a_training_that_is_going_on_leaves_dashes_and_compares_nothing(tmp_path
     assert section.paragraphs[2] == "Of 0 plans no order can be compared before and after the training."
 
 
+def test_plans_that_are_compared_on_the_probes_say_so(tmp_path):
+    folder = write_selection(tmp_path / "select")
+    file = folder / "selection.json"
+    found = json.loads(file.read_text())
+    found["facts"]["checks"] = found["facts"]["probes"]
+    file.write_text(json.dumps(found))
+    section = shown(folder)[1]["Which layers stay full"]
+    assert "and are compared on these. A plan's nats" in section.paragraphs[0]
+    assert section.paragraphs[1].startswith("2 full layers: recall measures best on the probes.")
+    assert "probes: nats" in section.tables[0].headers
+
+
 def test_before_anything_was_tried_the_probes_are_shown(tmp_path):
     folder = write_selection(tmp_path / "select", tried={})
     _, found = shown(folder)
@@ -137,7 +150,7 @@ def test_before_anything_was_tried_the_probes_are_shown(tmp_path):
     section = found["Which layers stay full"]
     assert "held-out: nats/token" not in section.tables[0].headers
     assert section.paragraphs[0].endswith("Nothing was tried on held-out data yet.")
-    assert section.paragraphs[1] == "2 full layers: recall measures best on the probes."
+    assert section.paragraphs[1] == "2 full layers: recall measures best on the checks."
     assert len(section.tables) == 1
     write_eval(folder / "held-out", [])
     assert list(shown(folder)[1]) == list(found)
@@ -308,11 +321,11 @@ def test_damage_is_refused_by_the_file_it_is_in(tmp_path):
         stream.write("{}\n")
     with pytest.raises(CorruptError, match=r"results\.jsonl, line 61"):
         read_results([folder])
-    (folder / "selection.json").write_text('{"format": 1,', "utf-8")
+    (folder / "selection.json").write_text('{"format": 2,', "utf-8")
     with pytest.raises(CorruptError, match=r"selection\.json is damaged"):
         read_results([folder])
-    (folder / "selection.json").write_text('{"format": 2}', "utf-8")
-    with pytest.raises(InputError, match="format 2"):
+    (folder / "selection.json").write_text('{"format": 3}', "utf-8")
+    with pytest.raises(InputError, match="format 3"):
         read_results([folder])
 
 

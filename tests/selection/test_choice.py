@@ -46,7 +46,7 @@ def test_held_out_documents_that_are_all_chosen_by_are_refused() -> None:
 def prepared(*methods: str) -> Prepared:
     chosen = tuple(METHODS[name] for name in methods)
     asked = Asked(model="m", local=(Window(8),), budgets=(full_budget(1),), methods=chosen, length=512)
-    return Prepared(asked, SHAPE, Space.of(SpanPlan((Full(),) * 4), asked.local), [], None, None, "")
+    return Prepared(asked, SHAPE, Space.of(SpanPlan((Full(),) * 4), asked.local), [], [], None, None, "")
 
 
 def test_memory_counts_the_caller_beside_its_workers_and_what_gradients_need() -> None:

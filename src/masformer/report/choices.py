@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError
-from ..selection.outcome import FILE, read
+from ..selection.outcome import FILE, compared_on, read
 from ..spans import PlanError, SpanPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A plan with what it measures on the probes and costs at their length; held-out results name it by `label`.
+    """A plan with what it measures on the checks and costs at their length; held-out results name it by `label`.
 
     nats: `recall` and `documents` together, by which is chosen; None where there was no probe of the kind.
-    items: how many probes were recall items.
+    kv_bytes: of the cache at its largest. items: how many checks were recall items, as many as of the probes.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Choice:
             documents,
             _number(row["kl"]),
             items=len(row["by_probe"]),
-            kv_bytes=round(_number(row["cost"]["kv_bytes_held"])),
+            kv_bytes=round(_number(row["cost"]["kv_bytes_peak"])),
             attention_flops=round(_number(row["cost"]["prefill_flops"]["attention"])),
         )
 
@@ -81,7 +81,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """One folder of `masformer select`. `scores` has a number per layer by method."""
+    """One folder of `masformer select`. `scores` has a number per layer by method; `compared_on` is a word."""
 
     folder: Path
     name: str
@@ -89,6 +89,7 @@ class Selection:
     local: tuple[str, ...]
     length: int
     probes: int
+    compared_on: str
     made: str
     train_steps: int
     parent: Choice
@@ -144,6 +145,7 @@ def _selection(folder: Path, name: str, found: dict[str, Any]) -> Selection:
         tuple(map(str, facts["local"])),
         round(_number(facts["length"])),
         len(facts["probes"]),
+        compared_on(found),
         f"seed {facts['seed']}, {facts['dtype']} on {facts['device']}",
         round(_number(found["train_steps"])),
         Choice.of(found["parent"]),

@@ -19,7 +19,7 @@ from masformer.spans.span import Full, PlanError, Span
 
 SHADES = "░▒▓"  # local spans in the strip, shortest first; further ones share the last
 HEIGHTS = "·▁▂▃▄▅▆▇█"  # of a layer's score, 0 or less first
-HIGHEST = 6  # layers whose scores are written out
+HIGHEST = 5  # layers whose scores are written out
 
 
 def default_length(plan: SpanPlan) -> int:
@@ -57,7 +57,10 @@ def plan_text(plan: SpanPlan, width: int = 80, *, length: int | None = None) -> 
 def scores_text(scores: Mapping[str, Sequence[float]], marked: Mapping[str, Sequence[int]]) -> str:
     """What each layer is worth to each method as lines of Unicode text, a column a layer, and which layers are marked.
 
-    Bars are parts of the method's own highest score, of which the first few are written out.
+    Bars are parts of the method's own highest score; the first few are written out below.
+
+    Args:
+        scores: at least one, of finite numbers.
     """
     layers = max(map(len, scores.values()))
     left = max(map(len, (*scores, *marked)))
@@ -65,7 +68,7 @@ def scores_text(scores: Mapping[str, Sequence[float]], marked: Mapping[str, Sequ
     for name, values in scores.items():
         order = sorted(range(len(values)), key=lambda layer: (-values[layer], layer))[:HIGHEST]
         numbers = ", ".join(f"{layer}: {values[layer]:.3g}" for layer in order)
-        lines.append(f"{name:<{left}}  {_heights(values)}  {numbers}")
+        lines += [f"{name:<{left}}  {_heights(values)}", " " * (left + 2) + numbers]
     for name, chosen in marked.items():
         lines.append(f"{name:<{left}}  {''.join('█' if layer in chosen else '·' for layer in range(layers))}")
     return "\n".join(lines)

@@ -79,7 +79,9 @@ def _choices(selection: Selection, tried: HeldOut, name: str) -> Section:
     words = [_asked(selection, tried)]
     free = {name: dataclasses.replace(row, kv_bytes=None, attention_flops=None) for name, row in tried.after.items()}
     for budget in selection.budgets:
-        why = "measures best on the probes" if budget.limit is None else "keeps to it at the least cost"
+        why = (
+            f"measures best on the {selection.compared_on}" if budget.limit is None else "keeps to it at the least cost"
+        )
         best = f"{budget.words}: {budget.chosen} {why}."
         words.append(f"{best} {_gained(selection, budget, tried.before)}".rstrip())
         words += filter(None, (_gained(selection, budget, free), _kept(budget, tried)))
@@ -93,10 +95,12 @@ def _asked(selection: Selection, tried: HeldOut) -> str:
     items = selection.parent.items
     local = " or ".join(selection.local)
     probes = f"{_count(items, 'recall item')} and {_count(selection.probes - items, 'document')}"
+    compared = "these" if selection.compared_on == "probes" else "checks, other recall items and documents"
     words = [
         f"Some layers of {selection.source} stay as they are, the others get {local}. The methods chose by the probes, "
-        f"{probes} of {selection.length:,} tokens ({selection.made}); a plan's nats are the mean per token of the "
-        "answers plus that of the documents, and the plan of the fewest is chosen."
+        f"{probes} of {selection.length:,} tokens ({selection.made}), and are compared on "
+        f"{compared}. A plan's nats are the mean per token of the answers plus that of the "
+        "documents, and the plan of the fewest is chosen."
     ]
     if any(budget.limit is not None for budget in selection.budgets):
         words.append("Under a budget of nats it is the cheapest plan that keeps to it.")
@@ -144,8 +148,8 @@ def _table(selection: Selection, budget: Budget, tried: HeldOut) -> Table:
     rows |= {f"{method}, chosen" if method == budget.chosen else method: budget.plans[method] for method in by_nats}
     sizes = len(selection.local) > 1
     headers = ["method", "full layers", *(["spans"] if sizes else [])]
-    headers += ["probes: nats", "of recall", "of documents", "KL", "KV saved", "FLOPs saved"]
-    columns = [_on_probes(selection)]
+    headers += [f"{selection.compared_on}: nats", "of recall", "of documents", "KL", "KV saved", "FLOPs saved"]
+    columns = [_measured(selection)]
     for when, found in (("", tried.before), (TRAINED, tried.after)):
         if found:
             headers += _headers(when)
@@ -160,8 +164,9 @@ def _table(selection: Selection, budget: Budget, tried: HeldOut) -> Table:
         for method, choice in rows.items()
     ]
     caption = (
-        f"{budget.words}: what each method chose, the fewest nats first. KL is from the parent on the probes, savings "
-        f"are those of KV cache and of attention at {selection.length:,} tokens"
+        f"{budget.words}: what each method chose, the fewest nats first. KL is from the parent on the "
+        f"{selection.compared_on}, savings are those of KV cache at its largest and of attention up to "
+        f"{selection.length:,} tokens"
     )
     if tried.documents:
         caption += f", held-out loss is that of {tried.documents}, its difference is to the parent"
@@ -175,7 +180,7 @@ def _headers(when: str) -> list[str]:
     return [first, *(f"{name}{after}" for name in names)]
 
 
-def _on_probes(selection: Selection) -> Callable[[Choice], list[str]]:
+def _measured(selection: Selection) -> Callable[[Choice], list[str]]:
     def cells(choice: Choice) -> list[str]:
         parent = selection.parent
         paid = (choice.kv_bytes, parent.kv_bytes), (choice.attention_flops, parent.attention_flops)
@@ -221,17 +226,17 @@ def _agreement(selection: Selection, tried: HeldOut) -> list[Table]:
     before, after = _quality(tried.before), _quality(tried.after)
     cells = []
     for budget in selection.budgets:
-        probes: Quality = {label: (choice.nats, choice.nats) for label, choice in budget.distinct.items()}
-        pairs = {"probes and held-out": (probes, before)}
+        own: Quality = {label: (choice.nats, choice.nats) for label, choice in budget.distinct.items()}
+        pairs = {f"{selection.compared_on} and held-out": (own, before)}
         if after:
-            pairs |= {"probes and trained": (probes, after), "held-out and trained": (before, after)}
+            pairs |= {f"{selection.compared_on} and trained": (own, after), "held-out and trained": (before, after)}
         for words, (one, other) in pairs.items():
             plans, *found = _correlations(budget, one, other)
             if any(value is not None for value in found):
                 cells.append([budget.words, words, f"{plans:,}", *(number(value, 2, sign=True) for value in found)])
     caption = (
         "How far two orders of the distinct plans of a budget agree: Spearman's rank correlation, +1 for the same "
-        "order, 0 for none; a dash where all are equal. On the probes the order is that of the nats"
+        f"order, 0 for none; a dash where all are equal. On the {selection.compared_on} the order is that of the nats"
     )
     headers = ["budget", "orders", "plans", "by loss", "by recall"]
     return [Table(headers, cells, caption)] if cells else []

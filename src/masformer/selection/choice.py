@@ -1,4 +1,4 @@
-"""The choice itself: every method's plan for every budget, with what it costs and what it measures on the probes.
+"""The choice itself: every method's plan for every budget, with what it costs and what it measures on the checks.
 
 prepared = prepare(Asked(model="models/smollm2", local=(Window(128, sinks=4),), ...), documents, folder)
 outcome = choose(prepared, store)
@@ -8,6 +8,7 @@ outcome["budgets"][0]["chosen"]
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -31,7 +32,7 @@ from ..spans import ModelShape, Span, SpanPlan, cost
 from ..training.loss import CHUNK_BYTES
 from ..training.prepare import LOGIT_COPIES, PROGRAM
 from .bench import CHUNK, Bench, measure_probe
-from .methods import METHODS, Method, Task
+from .methods import METHODS, MOST_FRESH, Method, Task
 from .outcome import CORPORA, best
 from .probes import Probe, document_probes, recall_probe, recall_sequences
 from .score import SCORES
@@ -52,7 +53,8 @@ class Asked:
     model: a folder, hub id or GGUF file of a model that is not converted.
     local: spans of the layers that are not full, ascending; several with methods that choose among sizes.
     budgets: for each of which every method chooses.
-    methods: names of `METHODS`. length: tokens of the probes. probes: recall items; a quarter as many documents.
+    methods: names of `METHODS`. length: tokens of the probes. probes: recall items; a quarter as many documents; and
+        as many checks.
     dtype: what the model is measured in. device: where.
     """
 
@@ -113,12 +115,17 @@ def _shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything but the weights; what cannot be done was refused."""
+    """Everything but the weights; what cannot be done was refused.
+
+    checks: what plans are compared on in the end: as many recall items as there are among the probes, which no method
+        saw, and other documents, if any are long enough. Under budgets of nats, which are kept to on the probes, these.
+    """
 
     asked: Asked
     shape: ModelShape
     space: Space
     probes: list[Probe]
+    checks: list[Probe]
     items: Any
     weights: str | None
     identity: str
@@ -178,14 +185,19 @@ def prepare(asked: Asked, documents: Sequence[Document], folder: Path) -> Prepar
     check_positions(config, asked.length)
     tokenizer = load_tokenizer(asked.model)
     items = recall_sequences(tokenizer, documents, folder / CORPORA, length=asked.length, seed=asked.seed)
-    probes = [recall_probe(items, number) for number in range(asked.probes)]
     count = max(1, asked.probes // 4)
-    probes += document_probes(tokenizer, documents, length=asked.length, count=count)
+    texts = document_probes(tokenizer, documents, length=asked.length, count=2 * count)
+    unseen = asked.probes + MOST_FRESH
+    probes, checks = ([recall_probe(items, first + n) for n in range(asked.probes)] for first in (0, unseen))
+    probes += texts[:count]
+    checks += texts[count:] or texts
+    if any(budget.within is not None for budget in asked.budgets):
+        checks = probes
     weights = weights_digest(asked.model, config)
     known = [weights, digest(config.to_json_string()), str(asked.dtype), asked.device]
     known += [metadata.version(name) for name in ("masformer", "torch")]
     shape = shape_of(config, kv_dtype_bytes=asked.dtype.itemsize)
-    return Prepared(asked, shape, space, probes, items, weights, digest(known)[:16])
+    return Prepared(asked, shape, space, probes, checks, items, weights, digest(known)[:16])
 
 
 def choose(
@@ -198,7 +210,7 @@ def choose(
     progress: Callable[[int], Any] = lambda plans: None,
 ) -> dict[str, Any]:
     """JSON: `scores` by method, `parent` and `local`, and for each of `budgets` the `plans` by method with what they
-    cost and measure on the probes, and which is `chosen`; held-out data has no say.
+    cost and measure on the checks, and which is `chosen`; held-out data has no say.
 
     Args:
         beside: forwards of a probe that are to follow the choice, for the estimate of time.
@@ -209,9 +221,9 @@ def choose(
     asked, space = prepared.asked, prepared.space
     model = load(asked.model, dtype=asked.dtype, device=asked.device)
     convert(model, space.mixed(space.layers[::2]), check=True)  # once: all plans differ from it by numbers alone
-    bench = Bench(
+    on = functools.partial(
+        Bench,
         model,
-        prepared.probes,
         items=prepared.items,
         store=store,
         identity=prepared.identity,
@@ -219,20 +231,21 @@ def choose(
         loaded=loaded_from(asked.model, asked.dtype, asked.device, prepared.weights),
         progress=progress,
     )
+    bench, judge = on(prepared.probes), on(prepared.checks)
     seconds = _seconds(bench)
     search, rest = (forwards * seconds / 60 for forwards in (prepared.forwards(), beside))
     say(f"about {search:.0f} minutes to choose and {rest:.0f} to try, in one process, less what was measured before")
     tasks = [Task(bench, space, budget, asked.seed) for budget in asked.budgets]
-    budgets = [_for_budget(prepared, task, say) for task in tasks]
+    budgets = [_for_budget(prepared, task, judge, say) for task in tasks]
     return {
         "budgets": budgets,
         "scores": {name: tasks[0].scores(score) for name, score in SCORES.items() if tasks[0].has(score)},
-        "parent": _row(prepared, bench, space.parent),
-        "local": _row(prepared, bench, space.shortest),
+        "parent": _row(prepared, judge, space.parent),
+        "local": _row(prepared, judge, space.shortest),
     }
 
 
-def _for_budget(prepared: Prepared, task: Task, say: Callable[[str], Any]) -> dict[str, Any]:
+def _for_budget(prepared: Prepared, task: Task, judge: Bench, say: Callable[[str], Any]) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     budget = task.budget
     for method in prepared.asked.methods:
@@ -240,7 +253,7 @@ def _for_budget(prepared: Prepared, task: Task, say: Callable[[str], Any]) -> di
         if plan is None:
             say(f"{budget.words}, {method.name}: no plan")
             continue
-        rows[method.name] = {**_row(prepared, task.bench, plan), "price": budget.price(plan)}
+        rows[method.name] = {**_row(prepared, judge, plan), "price": budget.price(plan)}
         say(f"{budget.words}, {method.name}: {label_of(plan, task.space)}, {rows[method.name]['nats']:.3f} nats")
     if not rows:
         names = ", ".join(method.name for method in prepared.asked.methods)

@@ -22,6 +22,8 @@ from .search import order_of
 from .space import Budget, Space
 
 GATE_STEPS = 48
+MOST_FRESH = max(PATH_PROBES, GATE_STEPS)
+"""How many recall items beside the probes a method learns from at most."""
 MOST_WAYS, WIDTH, FEWEST = 100, 3, 16
 """How many plans an exact search measures at most, and how many a beam follows; with how many layers `prune` begins at
 least."""

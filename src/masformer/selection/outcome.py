@@ -5,7 +5,7 @@
 
 `facts` says what was asked for; `scores` has a list per method, a number per layer; `parent`, `local` and, for each of
 `budgets`, its `plans` by method have a plan each, its `label` among the held-out results, what it costs and what it
-measures on the probes; `chosen` names a method; `limit`, under a budget of nats alone, is
+measures on the checks; `chosen` names a method; `limit`, under a budget of nats alone, is
 the most that it allows.
 """
 
@@ -23,7 +23,7 @@ FILE, HELD_OUT, CORPORA = "selection.json", "held-out", "corpora"
 """The outcome; the folders beside it with an evaluation of every plan, and with tokenised documents."""
 TRAINED = "trained"
 """What a label ends with after a training."""
-FORMAT = 1
+FORMAT = 2
 
 
 def distinct(outcome: dict[str, Any]) -> dict[str, SpanPlan]:
@@ -31,6 +31,12 @@ def distinct(outcome: dict[str, Any]) -> dict[str, SpanPlan]:
     rows = [outcome["parent"], outcome["local"]]
     rows += [row for budget in outcome["budgets"] for row in budget["plans"].values()]
     return {row["label"]: SpanPlan.parse(row["plan"]) for row in rows}
+
+
+def compared_on(outcome: dict[str, Any]) -> str:
+    """What the plans of an outcome are compared on, in a word: checks that no method saw, or the probes themselves."""
+    facts = outcome["facts"]
+    return "probes" if facts["checks"] == facts["probes"] else "checks"
 
 
 def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def best(plans: dict[str, dict[str, Any]], limit: float | None) -> str:
-    """The method whose plan measures best on the probes; or where a `limit` of nats is given, the one with the cheapest
+    """The method whose plan measures best; or where a `limit` of nats is given, the one with the cheapest
     plan that keeps to it, the better of two that cost the same. The first of those that are the same in all this.
     """
 

@@ -97,6 +97,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "local": [str(span) for span in asked.local],
         "length": asked.length,
         "probes": [probe.key for probe in prepared.probes],
+        "checks": [probe.key for probe in prepared.checks],
         "seed": asked.seed,
         "dtype": str(asked.dtype).removeprefix("torch."),
         "device": asked.device,

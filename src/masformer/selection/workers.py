@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from typing import Any
@@ -46,7 +47,7 @@ def workers(count: int, ray: str | None = None) -> Iterator[Executor | None]:
     of so many processes, begun here); None for one process and no address: the caller's own.
 
     Raises:
-        InputError: Ray is not installed, or nothing answers at the address.
+        InputError: Ray is not installed, or nothing answers at an address of a machine and a port.
     """
     if ray is not None:
         with _ray(count, ray) as executor:
@@ -106,13 +107,12 @@ def _ray(count: int, address: str) -> Iterator[Executor]:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Ray itself would go on trying."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon:
-        return  # "local" and "auto" name no machine
+    """Ray itself would go on trying. Addresses that name no machine and port, as `auto`, are left to it."""
+    parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError, OverflowError) as error:
+        if parts.scheme in ("", "ray") and parts.port is not None:
+            socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+    except (OSError, ValueError) as error:
         raise InputError(f"no Ray cluster answers at {address}: {error}") from error
 
 
@@ -123,8 +123,17 @@ class _RayExecutor(Executor):
         self.ray = ray
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = self.ray.remote(_called).remote(fn, *args, **kwargs).future()
-        return future
+        found: Future[Any] = Future()
+
+        def done(future: Future[Any]) -> None:
+            error = future.exception()
+            if error is None:
+                found.set_result(future.result())
+            else:  # Ray's own has the whole traceback in its words
+                found.set_exception(getattr(error, "cause", None) or error)
+
+        self.ray.remote(_called).remote(fn, *args, **kwargs).future().add_done_callback(done)
+        return found
 
 
 def _called(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
